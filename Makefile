@@ -1,0 +1,84 @@
+# LatentForge. `make help` lists what there is; every target sets up what it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+
+DATA ?= data/packed
+CKPT_DIR ?= checkpoints
+AE_CKPT ?= $(CKPT_DIR)/ae.pt
+STUDENT_CKPT ?= $(CKPT_DIR)/student.pt
+PROMPT ?= import os
+MAX_TOKENS ?= 128
+TEMP ?= 0.8
+TOP_P ?= 0.95
+SEED ?= 0
+
+# A variable left empty leaves the config file's value alone.
+flag = $(if $($(1)),--$(2) $($(1)))
+TRAIN_FLAGS = --data "$(DATA)" --seed $(SEED) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(if $(RESUME),--resume) $(ARGS)
+
+export PROMPT PYTHONUNBUFFERED := 1
+export PYTHONWARNINGS ?= ignore
+
+.PHONY: help setup demo data train-ae train-token-model train-student infer evaluate bench test test-tokenizer test-ae test-student clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED RESUME QUICK ARGS"
+
+setup: $(VENV)/installed ## make .venv with the pinned requirements
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 10)' 2>/dev/null || \
+		{ echo "error: $(PYTHON) must be Python 3.10 or newer with venv (Debian: apt install python3-venv); or set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup ## train and measure the whole chain on the standard library, 15 minutes on 2 cores; QUICK=1: 3 minutes
+	@$(PY) tools/demo.py $(if $(QUICK),--quick) $(ARGS)
+
+data: setup ## the default corpus: standard library -> tokenizer -> packed data in DATA
+	$(PY) tools/get_corpus.py --output data/corpus.jsonl
+	$(PY) tools/train_tokenizer.py --input data/corpus.jsonl --output data/tokenizer --vocab_size 4096
+	$(PY) tools/data_packing.py --input data/corpus.jsonl --output "$(DATA)" --tokenizer data/tokenizer $(call flag,K,k)
+
+train-ae: setup ## train the autoencoder on DATA (K, D, EPOCHS, BATCH_SIZE)
+	$(PY) ae/train_ae.py --config configs/ae_default.yaml $(TRAIN_FLAGS) --checkpoint_dir "$(dir $(AE_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim)
+
+train-token-model: setup ## train the token-level model of the student's backbone: the baseline
+	$(PY) student/baseline.py --config configs/token_model_default.yaml $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
+
+train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W)
+	$(PY) student/train_student.py --config configs/student_default.yaml $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
+		--checkpoint_dir "$(dir $(STUDENT_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w)
+
+infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
+	@$(PY) infer.py --student "$(STUDENT_CKPT)" --ae "$(AE_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
+		--temperature $(TEMP) --top_p $(TOP_P) --seed $(SEED) --stream $(ARGS)
+
+evaluate: setup ## figures of AE, token-level model and student on DATA's validation text
+	$(PY) tools/evaluate.py --ae "$(AE_CKPT)" --student "$(STUDENT_CKPT)" --baseline "$(CKPT_DIR)/token_model.pt" --data "$(DATA)" $(ARGS)
+
+bench: setup ## race the student against the token-level model (MAX_TOKENS)
+	$(PY) bench.py --ae "$(AE_CKPT)" --student "$(STUDENT_CKPT)" --baseline "$(CKPT_DIR)/token_model.pt" --max_new_tokens $(MAX_TOKENS) $(ARGS)
+
+test: setup ## all tests
+	$(PY) -m pytest $(ARGS)
+
+test-tokenizer: setup ## tests of tokenizer and packing
+	$(PY) -m pytest tests/test_tokenizer.py tests/test_data_packing.py $(ARGS)
+
+test-ae: setup ## tests of the autoencoder
+	$(PY) -m pytest tests/test_ae.py $(ARGS)
+
+test-student: setup ## tests of student, sampler and metrics
+	$(PY) -m pytest tests/test_student.py tests/test_local_decoder.py tests/test_sampler.py tests/test_brier.py $(ARGS)
+
+clean: ## remove .venv, caches and the demos' runs; never .env, data/, checkpoints/ or a teacher store
+	rm -rf $(VENV) runs/demo runs/demo-quick *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './data/*' -prune -exec rm -rf {} +

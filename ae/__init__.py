@@ -1,0 +1,1 @@
+"""Text -> tokens -> chunks of K tokens -> one latent vector -> tokens."""

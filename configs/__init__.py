@@ -1,0 +1,1 @@
+"""Configuration: dataclasses, YAML and flags; run folders, checkpoints and the training loop."""

@@ -1,0 +1,38 @@
+"""What a user can cause ends in one clear line and exit code 2, never in a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(ValueError):
+    """Bad input from outside: the message says what was expected, what was got and what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: 0 or its return value; 2 with one line for what a user can cause."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder.", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    sys.exit(code)

@@ -1,0 +1,192 @@
+"""The training loop of every model here: AdamW, one loss a step, metrics, saves, exact resume.
+
+A step is a function of (seed, step) and the weights alone: its data comes from `TrainWindows`, its noise from a
+generator seeded by the step. So a resumed run equals an undisturbed one, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.errors import EXIT_INTERRUPTED, UserError
+from configs.run import Run, has_fast_bf16, load_checkpoint, load_weights, pick_device, save_checkpoint, tune_process, wants_compile
+from configs.schema import TrainConfig, as_dict
+
+
+Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
+
+
+@dataclass
+class Setup:
+    """What a training script starts from."""
+
+    run: Run
+    device: torch.device
+    bf16: bool
+    compile: bool
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 products where they pay, float32 elsewhere."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def start(name: str, cfg: TrainConfig) -> Setup:
+    """Seed, device, threads and run folder of a training script."""
+    for field in ("k", "batch_size", "epochs", "lr", "max_steps"):
+        value = getattr(cfg, field)
+        if value is not None and value <= 0:
+            raise UserError(f"--{field}: expected more than 0, got {value}")
+    threads = tune_process()
+    device = pick_device(cfg.device)
+    bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
+    setup = Setup(Run(cfg.run_dir or f"runs/{name}", as_dict(cfg)), device, bf16, wants_compile(cfg.compile, device))
+    torch.manual_seed(cfg.seed)
+    precision = "bfloat16 autocast" if bf16 else "float32"
+    setup.run.log(f"{name}: {device}, {threads} threads, {precision}{', compiled' if setup.compile else ''}, run folder {setup.run.folder}")
+    return setup
+
+
+def total_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:
+    """--max_steps, or --epochs in steps."""
+    return cfg.max_steps or max(1, math.ceil(cfg.epochs * steps_per_epoch))
+
+
+def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, constant, then linear to 0 over the last `lr_decay` of the run."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    fall = cfg.lr_decay * total
+    return cfg.lr * warm * (min(1.0, (total - step) / fall) if fall > 0 else 1.0)
+
+
+def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+class _StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    cfg: TrainConfig,
+    setup: Setup,
+    total: int,
+    tokens_per_step: int,
+    loss_fn: Callable[[int], Losses],
+    validate: Callable[[bool], dict[str, Any]],
+    content: dict[str, Any],
+) -> dict[str, Any]:
+    """Train `model` for `total` steps; returns the figures of the final validation.
+
+    loss_fn(step) gives the loss of a step's batch; validate(full) the validation figures, on a sample or on everything;
+    `content` is what checkpoint_dir/NAME.pt carries beside weights, step and figures (config, tokenizer). The training
+    state (weights, optimizer, step) lies beside it in NAME.state.pt. Raises UserError on a loss that is not finite.
+    """
+    folder = Path(cfg.checkpoint_dir)
+    run, optimizer, first = setup.run, adamw(model, cfg), 0
+    state_path = folder / f"{name}.state.pt"
+    if cfg.resume:
+        state = load_checkpoint(state_path, f"{name}.state")
+        if state["config"] != content["config"]:
+            changed = sorted(k for k in content["config"] if state["config"].get(k) != content["config"][k])
+            raise UserError(f"--resume: {state_path} belongs to another model (different {', '.join(changed)}); train without --resume")
+        load_weights(model, state["state"], state_path)
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        run.drop_metrics_from(first)
+        run.log(f"{name}: resumed at step {first} of {total} from {state_path}")
+    else:
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def save(step: int, figures: dict[str, Any]) -> None:
+        weights = {key: value.detach() for key, value in model.state_dict().items()}
+        save_checkpoint(
+            state_path, f"{name}.state", {"config": content["config"], "state": weights, "optimizer": optimizer.state_dict(), "step": step}
+        )
+        save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
+
+    stop = _StopSignal()
+    bar = tqdm(total=total, initial=first, desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+    mark, mark_step = time.perf_counter(), first
+    try:
+        for step in range(first, total):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, cfg)
+            torch.manual_seed((cfg.seed << 32) + step)
+            with setup.autocast():
+                loss, parts = loss_fn(step)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
+                raise UserError(
+                    f"{name}: the loss is {loss.item():g} and its gradient {float(norm):g} at step {step}: nothing was updated. "
+                    f"Try a lower --lr (now {cfg.lr:g}), a longer --warmup_steps or --no-bf16; the last save is {state_path}"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            done = step + 1
+            if done % cfg.log_every == 0 or done == total:
+                shown = {key: round(value.item(), 5) for key, value in parts.items()}
+                seconds = time.perf_counter() - mark
+                run.metrics(
+                    step=done, tokens=done * tokens_per_step, loss=round(loss.item(), 5), **shown, lr=optimizer.param_groups[0]["lr"],
+                    grad_norm=round(float(norm), 4), tokens_per_s=round((done - mark_step) * tokens_per_step / seconds, 1),
+                )  # fmt: skip
+                bar.set_postfix_str(", ".join(f"{key} {value:.3f}" for key, value in shown.items()), refresh=False)
+                mark, mark_step = time.perf_counter(), done
+            if cfg.eval_every and done % cfg.eval_every == 0 and done < total:
+                run.metrics(step=done, tokens=done * tokens_per_step, **{f"val_{k}": v for k, v in validate(False).items()})
+            if stop.asked and done < total:
+                save(done, {})
+                bar.close()
+                run.log(f"{name}: stopped at step {done} of {total} and saved {state_path}. Go on with: {_resume_command()}")
+                sys.exit(EXIT_INTERRUPTED if stop.asked == signal.SIGINT else 0)
+            if cfg.save_every and done % cfg.save_every == 0 and done < total:
+                save(done, {})
+    finally:
+        bar.close()
+        stop.restore()
+    save(total, {})  # before the validation, so that an interrupt there costs nothing
+    figures = validate(True)
+    save(total, figures)
+    run.metrics(step=total, tokens=total * tokens_per_step, final=True, **figures)
+    run.log(f"{name}: {total} steps, {total * tokens_per_step:,} tokens -> {folder / f'{name}.pt'}")
+    return figures
+
+
+def _resume_command() -> str:
+    args = [a for a in sys.argv if a != "--resume"]
+    return " ".join(["python", *map(shlex.quote, args), "--resume"])

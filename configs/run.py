@@ -1,0 +1,210 @@
+"""What every program shares around a model: device and threads, run folders, checkpoints.
+
+A checkpoint is one file of plain tensors and plain values, written to a temporary name and renamed, read with
+`weights_only=True`. It names its format, kind and version, and the tokenizer (fingerprint and place) it belongs to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from configs.errors import UserError
+
+FORMAT = "latentforge-checkpoint"
+VERSION = 1
+
+
+# ---------------------------------------------------------------------------------------------- device and process
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the GPU when there is one. Raises UserError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. Try cpu, cuda or auto") from None
+    return device
+
+
+def tune_process() -> int:
+    """Use the cores this process may run on, and keep big buffers in the process; returns the number of threads.
+
+    glibc hands every large buffer back to the kernel when it is freed, and the page faults of taking it again cost
+    more than half of a small model's training step. Both are process settings, so programs call this, models never.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", threads))
+    torch.set_num_threads(threads)
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_top_pad, 256 << 20)
+    return threads
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def wants_compile(setting: bool | None, device: torch.device) -> bool:
+    """`--compile auto` compiles where TorchInductor finds what it needs: a C++ compiler (CPU) or a GPU."""
+    if setting is None:
+        return device.type == "cuda" or any(shutil.which(cc) for cc in (os.environ.get("CXX", "g++"), "clang++"))
+    return setting
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, for run folders and reports."""
+    import transformers
+
+    def git(*args: str) -> str:
+        try:
+            root = Path(__file__).resolve().parent.parent
+            done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip()
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+    }
+
+
+def processor_name() -> str:
+    """The CPU's model name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+class Run:
+    """runs/NAME/: config.yaml (resolved), environment.json, metrics.jsonl, log.txt. Opened again, it appends."""
+
+    def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        (self.folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        self._start = time.time()
+
+    def log(self, line: str) -> None:
+        """One line for people: standard error and log.txt."""
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def metrics(self, **values: Any) -> None:
+        """One line of metrics.jsonl."""
+        values = {"time": round(time.time() - self._start, 3), **values}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def drop_metrics_from(self, step: int) -> None:
+        """Forget lines at or past `step`: what a killed run logged after the save it is resumed from."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) < step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:  # a line cut short by a kill
+        return float("inf")
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that `path` always holds a whole one: temporary file, fsync, rename.
+
+    Raises UserError when the disk is full; what `path` held before stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError of the file into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = f"the one saved before is intact: {path}" if path.exists() else "there was none before"
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise UserError(
+            f"cannot write checkpoint {path} ({reason}; {free} MiB free on that disk). No new checkpoint was saved; "
+            f"{kept}. Free some space and go on with --resume, or choose another --checkpoint_dir"
+        ) from None
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read a checkpoint of `kind` onto the CPU.
+
+    Raises UserError when it is missing, damaged, no checkpoint of ours, of another kind or of another format version.
+    """
+    path = Path(path)
+    makers = {"ae": "ae/train_ae.py", "student": "student/train_student.py", "token_model": "student/baseline.py"}
+    if not path.is_file():
+        hint = f"; train one with {makers[kind]}" if kind in makers else ""
+        raise UserError(f"checkpoint {path} does not exist{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error type of its own: a damaged file can end in almost any
+        reason = type(error).__name__
+        raise UserError(f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of this project: expected format {FORMAT!r}")
+    if content.get("kind") != kind:
+        raise UserError(f"{path} is a checkpoint of kind {content.get('kind')!r}, expected {kind!r}")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has format version {content.get('version')}, this code reads {VERSION}; train it again")
+    return content
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """`load_state_dict`, with a UserError for weights that do not fit the model."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})") from None
+
+
+def check_fingerprint(ours: str, theirs: str, what: str, other: str) -> None:
+    """Raise UserError unless two tokenizers are the same."""
+    if ours != theirs:
+        raise UserError(
+            f"{what} was made with another tokenizer ({ours[:12]}) than {other} ({theirs[:12]}): token ids would mean other "
+            "words. Use files made with the same tokenizer"
+        )

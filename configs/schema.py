@@ -1,0 +1,202 @@
+"""Every setting once: defaults live in dataclasses, then a YAML file, then `--set`, then flags.
+
+Each field of a config dataclass is a YAML key and a flag of the same name. An unknown key fails and names the
+nearest known one; values are coerced by the field's type (PyYAML reads `3e-4` as a string).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from configs.errors import UserError
+
+C = TypeVar("C")
+
+
+def opt(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text; `choices=` limits a string."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainConfig:
+    """What every training script shares."""
+
+    data: str = opt("data/packed", "packed data: a folder written by tools/data_packing.py")
+    k: int = opt(8, "tokens a chunk")
+    batch_size: int = opt(8, "sequences (student, token model) or chunks (AE) a step")
+    epochs: float = opt(1.0, "passes over the training data; --max_steps wins")
+    max_steps: int | None = opt(None, "optimizer steps; unset: from --epochs")
+    lr: float = opt(3e-4, "peak learning rate")
+    warmup_steps: int = opt(20, "steps of linear warm-up")
+    lr_decay: float = opt(
+        0.0,
+        "share of max_steps, at the end, over which the rate falls linearly to 0. 0 keeps it constant, "
+        "so that a finished run can be prolonged exactly (--resume with a larger --max_steps)",
+    )
+    weight_decay: float = opt(0.1, "AdamW decay of matrices (not of norms, biases and scales)")
+    grad_clip: float = opt(1.0, "largest norm of the gradient")
+    bf16: bool | None = opt(None, "bfloat16 autocast; auto: where the processor has it")
+    compile: bool | None = opt(False, "torch.compile the loss; auto: where a C++ compiler is installed")
+    seed: int = opt(0, "seed of weights, data order and noise")
+    device: str = opt("auto", "cpu, cuda, cuda:N or auto")
+    checkpoint_dir: str = opt("checkpoints", "where checkpoints are written")
+    run_dir: str | None = opt(None, "config, metrics.jsonl and log; unset: runs/<model>")
+    resume: bool = opt(False, "go on from the training state in --checkpoint_dir")
+    save_every: int = opt(500, "steps between saves (0: only at the end)")
+    log_every: int = opt(20, "steps between lines of metrics.jsonl")
+    eval_every: int = opt(0, "steps between validations on a sample (0: only the full one at the end)")
+
+
+@dataclass
+class AETrainConfig(TrainConfig):
+    """`ae/train_ae.py`."""
+
+    latent_dim: int = opt(1024, "D, width of the latent")
+    embed_dim: int = opt(768, "E, width of the token embedding")
+    num_layers: int = opt(4, "residual SwiGLU blocks in all; a multiple of 4")
+    batch_size: int = opt(512, "chunks a step")
+    lr: float = opt(1e-3, "peak learning rate")
+    weight_decay: float = opt(0.0, "AdamW decay of matrices")
+    kl_weight: float = opt(1e-3, "weight of the KL to the unit Gaussian")
+    free_bits: float = opt(0.5, "KL per dimension, in nats, that costs nothing more")
+    l2_weight: float = opt(0.0, "weight of the mean latent's squared norm")
+    latent_dropout: float = opt(0.15, "share of latent dimensions zeroed in training")
+    token_mask: float = opt(0.15, "share of the encoder's input embeddings zeroed in training")
+    random_tokens: float = opt(0.0, "share of training chunks replaced by uniformly random tokens (rare words)")
+
+
+@dataclass
+class LMTrainConfig(TrainConfig):
+    """`student/baseline.py`, and what the student shares with it: the backbone and the loop."""
+
+    hidden_dim: int = opt(2048, "H, width of the backbone")
+    num_layers: int = opt(12, "layers of the backbone")
+    num_heads: int = opt(16, "attention heads of the backbone")
+    num_kv_heads: int | None = opt(None, "key/value heads (GQA); unset: as --num_heads")
+    ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
+    seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
+    eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all")
+
+
+@dataclass
+class StudentTrainConfig(LMTrainConfig):
+    """`student/train_student.py`."""
+
+    ae_ckpt: str = opt("checkpoints/ae.pt", "the trained autoencoder")
+    k: int | None = opt(None, "tokens a chunk; unset: the AE's (must agree when given)")
+    latent_dim: int | None = opt(None, "D; unset: the AE's (must agree when given)")
+    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional")
+    mse_w: float = opt(0.0, "weight of the squared error between predicted and true next latent")
+    base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone")
+    local_layers: int = opt(2, "layers of the local decoder")
+    local_window: int = opt(16, "tokens each layer of the local decoder sees")
+    local_decoder: str = opt("window", "window, or none: independent positions (a control)", choices=("window", "none"))
+    head: str = opt("direct", "direct, or energy: CALM's generative head (a control)", choices=("direct", "energy"))
+    latents: str = opt("on", "on, or none: the latent path switched off (a control)", choices=("on", "none"))
+    pad_share: float = opt(0.25, "share of training windows that begin with 1..k-1 pads, as left-padded prompts do")
+
+
+def _base_type(kind: Any) -> tuple[type, bool]:
+    """(type, may be None) of a field's annotation."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(kind) if a is not type(None)]
+        return inner[0], True
+    return kind, False
+
+
+def _coerce(name: str, value: Any, kind: Any, choices: Sequence[str] | None) -> Any:
+    base, optional = _base_type(kind)
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("", "none", "null", "auto"))):
+        return None
+    try:
+        if base is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if base is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if isinstance(value, (bool, dict, list)):
+            raise ValueError
+        value = base(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{name}: expected {base.__name__}, got {value!r}") from None
+    if choices and value not in choices:
+        raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def config_from(cls: type[C], values: dict[str, Any], source: str) -> C:
+    """Build a config dataclass from loose values, coerced by field type.
+
+    Raises UserError for an unknown key (naming the nearest known one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise UserError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(fields))}")
+        out[key] = _coerce(f"{source}: {key}", value, hints[key], fields[key].metadata.get("choices"))
+    return cls(**out)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that is one flat mapping. Raises UserError when missing or malformed."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path} is not UTF-8 text") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: expected `key: value` lines, got a {type(values).__name__}")
+    return values
+
+
+def parse_config(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
+    """A script's configuration from its command line: dataclass defaults < --config < --set < flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, as in the YAML file")
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        base, _ = _base_type(hints[f.name])
+        shown = "auto/unset" if f.default is None else f.default
+        extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if base is bool else {"metavar": base.__name__.upper()}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{shown}]", **extra)
+    flags = vars(parser.parse_args(argv))
+    config_path, sets = flags.pop("config"), flags.pop("set")
+    values = read_yaml(config_path) if config_path else {}
+    config_from(cls, values, str(config_path))  # so that an error names the file it comes from
+    for item in sets:
+        key, eq, value = item.partition("=")
+        if not eq:
+            raise UserError(f"--set {item}: expected KEY=VALUE")
+        config_from(cls, {key: value}, "--set")
+        values[key] = value
+    return config_from(cls, {**values, **flags}, "command line")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values, for checkpoints and run folders."""
+    return dataclasses.asdict(config)

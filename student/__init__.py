@@ -1,0 +1,1 @@
+"""Latents -> the next latent -> the K tokens it stands for."""

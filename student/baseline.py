@@ -1,0 +1,145 @@
+"""The token-level model of the same backbone, config and data: the baseline of every table, and the demo's teacher.
+
+    python student/baseline.py --config configs/student_default.yaml --data data/packed
+
+A stock `Qwen3ForCausalLM` with tied embeddings, trained by the loop that trains the student, on the same windows.
+Writes checkpoint_dir/token_model.pt and run_dir/ (config, metrics.jsonl, log).
+
+Legend: `B` batch, `T` tokens of a window, `H` hidden width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ae.chunks import PackedData, TrainWindows, tokenizer_record
+from ae.losses import token_nll
+from configs import loop
+from configs.errors import UserError, run_cli
+from configs.run import load_checkpoint, load_weights
+from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
+
+
+@dataclass
+class BackboneConfig:
+    """The transformer's shape, shared by the token-level model and the student."""
+
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    seq_len: int  # latents; the token-level model's context is seq_len * k tokens
+    k: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < (0 if name == "pad_id" else 1):
+                raise UserError(f"{name}: expected at least 1, got {value}")
+        if self.hidden_dim % (2 * self.num_heads):
+            raise UserError(f"hidden_dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.hidden_dim}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens, that the model was trained on."""
+        return self.seq_len * self.k
+
+    def qwen3(self, vocab_size: int, positions: int) -> Qwen3Config:
+        """The transformers config of this backbone with a table of `vocab_size` and `positions` positions."""
+        return Qwen3Config(
+            vocab_size=vocab_size, hidden_size=self.hidden_dim, intermediate_size=self.ffn_dim,
+            num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads,
+            head_dim=self.hidden_dim // self.num_heads, max_position_embeddings=positions, tie_word_embeddings=True,
+        )  # fmt: skip
+
+
+def backbone_fields(cfg: LMTrainConfig) -> dict[str, int]:
+    """The backbone's shape from a training config, unset fields filled in."""
+    return {
+        "hidden_dim": cfg.hidden_dim, "num_layers": cfg.num_layers, "num_heads": cfg.num_heads,
+        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads, "ffn_dim": cfg.ffn_dim or 3 * cfg.hidden_dim, "seq_len": cfg.seq_len,
+    }  # fmt: skip
+
+
+class TokenModel(nn.Module):
+    """`Qwen3ForCausalLM` behind the interface that training and evaluation share with the student."""
+
+    def __init__(self, cfg: BackboneConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.lm = Qwen3ForCausalLM(cfg.qwen3(cfg.vocab_size, cfg.context))
+
+    @property
+    def table(self) -> Tensor:
+        """(V, H): logits are hidden @ table.T."""
+        return self.lm.lm_head.weight
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, H); row t predicts token t from the tokens before it. Row 0, with nothing before it, is zero."""
+        h = self.lm.model(tokens[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, H)
+        return nn.functional.pad(h, (0, 0, 1, 0))
+
+    def nll(self, tokens: Tensor, first: int = 1) -> Tensor:
+        """-log p(x_t | x_<t) of tokens `first`..T-1, nats, (B, T - first)."""
+        h = self.hidden(tokens)[:, first:]
+        return token_nll(h.flatten(0, 1), self.table, tokens[:, first:].flatten()).view(h.shape[:2])
+
+
+def load_token_model(path: str | Path) -> tuple[TokenModel, dict[str, Any]]:
+    """A token-level model and its checkpoint's content. Raises UserError as `load_checkpoint`."""
+    content = load_checkpoint(path, "token_model")
+    model = TokenModel(config_from(BackboneConfig, content["config"], str(path)))
+    load_weights(model, content["state"], path)
+    return model.eval(), content
+
+
+@torch.no_grad()
+def mean_nll(model: Any, data: PackedData, setup: loop.Setup, limit: int, batch_size: int = 8) -> dict[str, float]:
+    """Validation NLL in nats a token over windows of the model's context, first chunk left out (it has no context)."""
+    model.eval()
+    nlls = []
+    for tokens in data.batches(model.cfg.context, batch_size, limit):
+        with setup.autocast():
+            nlls.append(model.nll(tokens.to(setup.device), model.cfg.k).float().mean(1).cpu())
+    model.train()
+    if not nlls:
+        raise UserError(f"{data.folder} holds {data.n_tokens} tokens, less than one window of {model.cfg.context}; raise --val_split or lower --seq_len")
+    return {"nats_per_token": torch.cat(nlls).mean().item()}
+
+
+def main() -> None:
+    cfg = parse_config(LMTrainConfig, __doc__)
+    train, val = PackedData.pair(cfg.data)
+    setup = loop.start("token_model", cfg)
+    model = TokenModel(BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])).to(setup.device)
+    windows = TrainWindows(train, model.cfg.context, cfg.batch_size, cfg.seed)
+    total = loop.total_steps(cfg, windows.steps_per_epoch)
+    setup.run.log(f"token_model: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps")
+
+    def loss(tokens: Tensor) -> loop.Losses:
+        ce = model.nll(tokens).mean()
+        return ce, {"ce": ce.detach()}
+
+    compiled = torch.compile(loss) if setup.compile else loss
+    content = {"config": as_dict(model.cfg), "tokenizer": tokenizer_record(train, cfg.checkpoint_dir), "train_config": as_dict(cfg)}
+    figures = loop.fit(
+        "token_model", model, cfg, setup, total, cfg.batch_size * model.cfg.context,
+        lambda step: compiled(windows.batch(step).to(setup.device)),
+        lambda _: mean_nll(model, val, setup, cfg.eval_windows),
+        content,
+    )  # fmt: skip
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,166 @@
+"""The local decoder: a small causal transformer over the token stream that writes the tokens inside a chunk.
+
+Each layer sees the last W tokens, across chunk borders, so that the first token of a chunk knows what stands just before
+it. Its cost per token does not grow with the context, and its keys and values live in a window of W.
+
+Legend: `B` batch, `T` tokens, `E` width, `A` heads, `W` window, `N` blocks of W tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ae.layers import SwiGLU
+
+HEAD_DIM = 64
+ROPE_BASE = 1000.0  # wavelengths from 6 to about 4,000 tokens: far more than a window
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864): x (..., T, d), positions (T,) -> (..., T, d)."""
+    half = x.shape[-1] // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.float()[:, None] * frequency  # (T, d/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tensor | None = None) -> Tensor:
+    """Causal attention in which position t sees t-window+1..t: (B, A, T, d) each -> (B, A, T, d).
+
+    Done in blocks of `window` positions, each against itself and the block before: O(T * window), not O(T^2).
+    first: (B,), positions before it are hidden (rows that begin later than position 0).
+    """
+    batch, heads, length, dim = q.shape
+    blocks = -(-length // window)
+    pad = (0, 0, 0, blocks * window - length)
+
+    def split(x: Tensor) -> Tensor:  # (B, A, T, d) -> (B, N, A, W, d)
+        return F.pad(x, pad).unflatten(2, (blocks, window)).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:  # (B, N, A, W, d) -> (B, N, A, 2W, d)
+        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], dim=3)
+
+    at = torch.arange(blocks, device=q.device)[:, None, None] * window  # (N, 1, 1)
+    query_at = at + torch.arange(window, device=q.device)[:, None]  # (N, W, 1)
+    key_at = at + torch.arange(-window, window, device=q.device)  # (N, 1, 2W)
+    seen = (key_at <= query_at) & (key_at > query_at - window) & (key_at >= 0)  # (N, W, 2W)
+    if first is None:
+        seen = seen.expand(batch, -1, -1, -1)
+    else:  # a hidden query still needs one key to look at: itself
+        seen = (seen & (key_at >= first[:, None, None, None])) | (key_at == query_at)  # (B, N, W, 2W)
+    out = F.scaled_dot_product_attention(
+        split(q).flatten(0, 1), with_previous(split(k)).flatten(0, 1), with_previous(split(v)).flatten(0, 1),
+        attn_mask=seen.flatten(0, 1)[:, None],
+    )  # fmt: skip
+    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+@dataclass
+class LocalCache:
+    """Rotated keys and values of the last W positions of each layer, (B, A, W, d); `seen` (B, W) marks real ones."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    seen: Tensor
+    position: int
+
+    def select(self, rows: Tensor) -> LocalCache:
+        """The cache of some rows, (n,) indices."""
+        return LocalCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.seen[rows], self.position)
+
+
+class LocalLayer(nn.Module):
+    """Windowed causal attention and a SwiGLU block, both pre-norm and residual."""
+
+    def __init__(self, dim: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = max(1, dim // HEAD_DIM), window
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.mlp = SwiGLU(dim, 2 * dim)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, E) -> rotated queries, rotated keys, values, each (B, A, T, d)."""
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q, positions), rotate(k, positions), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add what attention (B, A, T, d) found to x (B, T, E), then the feed-forward block."""
+        return self.mlp(x + self.out(attended.transpose(1, 2).flatten(2)))
+
+
+class LocalDecoder(nn.Module):
+    """g_t and the embedding of token t-1 -> u_t, which is added to g_t before the vocabulary product.
+
+    The last projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
+    """
+
+    def __init__(self, dim: int, layers: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.enter = nn.Linear(2 * dim, dim, bias=False)
+        self.layers = nn.ModuleList(LocalLayer(dim, window) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.exit = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.exit.weight)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens back the prediction of a token depends on, directly or through deeper layers."""
+        return len(self.layers) * (self.window - 1) + 1
+
+    def _enter(self, g: Tensor, previous: Tensor) -> Tensor:
+        return self.enter(torch.cat([self.norm_g(g), self.norm_token(previous)], dim=-1))
+
+    def forward(self, g: Tensor, previous: Tensor, first: Tensor | None = None) -> Tensor:
+        """g (B, T, E), previous (B, T, E) embeddings of the tokens one earlier -> u (B, T, E).
+
+        first: (B,), the position at which each row begins (earlier ones are hidden and their u is meaningless).
+        """
+        return self._run(g, previous, first)[0]
+
+    def prefill(self, g: Tensor, previous: Tensor, first: Tensor) -> LocalCache:
+        """Run over known tokens, (B, T, E), and keep what the next W positions need."""
+        return self._run(g, previous, first)[1]
+
+    def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache]:
+        x = self._enter(g, previous)  # (B, T, E)
+        positions = torch.arange(x.shape[1], device=x.device)
+        keys, values = [], []
+        for layer in self.layers:
+            q, k, v = layer.project(x, positions)
+            x = layer.finish(x, windowed_attention(q, k, v, self.window, first))
+            keys.append(self._last(k, 2))
+            values.append(self._last(v, 2))
+        begins = torch.zeros(len(x), dtype=torch.long, device=x.device) if first is None else first
+        seen = self._last(positions >= begins[:, None], 1)
+        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1])
+
+    def _last(self, x: Tensor, dim: int) -> Tensor:
+        """The last W entries along `dim`, zeros in front where there are fewer."""
+        short = self.window - x.shape[dim]
+        if short > 0:
+            x = torch.cat([x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :]), x], dim)
+        return x.narrow(dim, x.shape[dim] - self.window, self.window)
+
+    def step(self, g: Tensor, previous: Tensor, cache: LocalCache) -> Tensor:
+        """One position, (B, E) each, -> u (B, E); the cache moves on by one."""
+        x = self._enter(g, previous)[:, None]  # (B, 1, E)
+        position = torch.tensor([cache.position], device=x.device)
+        cache.seen = torch.cat([cache.seen[:, 1:], cache.seen.new_ones(len(x), 1)], dim=1)
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.project(x, position)
+            cache.keys[i] = torch.cat([cache.keys[i][:, :, 1:], k], dim=2)
+            cache.values[i] = torch.cat([cache.values[i][:, :, 1:], v], dim=2)
+            attended = F.scaled_dot_product_attention(q, cache.keys[i], cache.values[i], attn_mask=cache.seen[:, None, None])
+            x = layer.finish(x, attended)
+        cache.position += 1
+        return self.exit(self.norm(x))[:, 0]

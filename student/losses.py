@@ -1,0 +1,60 @@
+"""The student's losses: a total and its named parts.
+
+Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ae.ae_model import Autoencoder
+from ae.losses import token_nll
+from student.energy import MODEL_SAMPLES, TARGET_SAMPLES, energy_loss
+from student.student_model import Student
+
+
+def student_loss(
+    model: Student, frozen: Autoencoder | None, tokens: Tensor, pads: Tensor, *, ce_w: float, mse_w: float = 0.0, base_w: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """tokens (B, T) of which the first pads[b] of a row are padding -> total loss and parts, nats (mse: per dimension).
+
+    ce: mean token cross-entropy under the exact conditional. mse: squared error between the predicted latents and the
+    frozen autoencoder's mean of the true chunks. base: cross-entropy of the parallel logits alone. Pads carry no loss.
+    """
+    z_hat = model.predict_latents(tokens)  # (B, L, D)
+    states, g = model.token_states(tokens, z_hat)  # (B, T, E)
+    real = torch.arange(tokens.shape[1], device=tokens.device) >= pads[:, None]  # (B, T)
+    count = real.sum()
+
+    def cross_entropy(h: Tensor) -> Tensor:
+        nll = token_nll(h.flatten(0, 1), model.table, tokens.flatten())
+        return (nll * real.flatten()).sum() / count
+
+    ce = cross_entropy(states)
+    total, parts = ce_w * ce, {"ce": ce.detach()}
+    if base_w:
+        base = cross_entropy(g)
+        total, parts["base"] = total + base_w * base, base.detach()
+    if mse_w:
+        assert frozen is not None
+        with torch.no_grad():
+            mean, _ = frozen.encode(tokens.unflatten(1, (-1, model.cfg.k)))  # (B, L, D)
+        whole = (pads == 0)[:, None] | (torch.arange(z_hat.shape[1], device=tokens.device) > 0)  # (B, L): chunks without pads
+        error = (z_hat.float() - mean.float()).square().mean(-1)
+        mse = (error * whole).sum() / whole.sum()
+        total, parts["mse"] = total + mse_w * mse, mse.detach()
+    return total, parts
+
+
+def student_energy_loss(model: Student, frozen: Autoencoder, tokens: Tensor, pads: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """CALM's energy score between samples of the head and of the frozen autoencoder's posterior, (B, T) -> total, parts."""
+    h = model.backbone_states(tokens)  # (B, L, H)
+    samples = model.exit(h.expand(MODEL_SAMPLES, *h.shape)).float()  # (N, B, L, D)
+    with torch.no_grad():
+        mean, log_std = frozen.encode(tokens.unflatten(1, (-1, model.cfg.k)))
+        mean, std = mean.float(), log_std.float().clamp(-6, 2).exp()
+        targets = mean + std * torch.randn(TARGET_SAMPLES, *mean.shape, device=mean.device)  # (M, B, L, D)
+    whole = (pads == 0)[:, None] | (torch.arange(h.shape[1], device=tokens.device) > 0)
+    loss = (energy_loss(samples, targets) * whole).sum() / whole.sum()
+    return loss, {"energy": loss.detach()}

@@ -1,0 +1,137 @@
+"""The student: latents of the chunks so far -> the predicted latent of the next chunk -> its K tokens.
+
+    tokens (B, T)  |x0 .. x7|x8 .. x15|x16 .. x23|            T = L * K, here K = 8, L = 3; a prompt that is no
+    AE encoder        z0       z1        z2                   multiple of K has pads in front: |P P P x0 .. x4|...
+    backbone in     start      z0        z1                   one position a chunk, causal
+    predicted       z^0        z^1       z^2                  each from the chunks before it
+    AE decoder    g0 .. g7  g8 .. g15  g16 .. g23             K hidden vectors at once
+    local decoder   reads g_t and x_(t-1), sees W tokens back, adds u_t
+    logits        (g_t + u_t) . embedding
+
+so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on the last tokens through the local decoder.
+
+Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width, `E` embedding width, `H` hidden width,
+`V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Model
+
+from ae.ae_model import AEConfig, Autoencoder
+from ae.losses import token_nll
+from configs.errors import UserError
+from configs.run import load_checkpoint, load_weights
+from configs.schema import config_from
+from student.baseline import BackboneConfig
+from student.energy import EnergyHead
+from student.local_decoder import LocalDecoder
+
+
+@dataclass
+class StudentConfig(BackboneConfig):
+    """The student's shape: the backbone's, the autoencoder's and the local decoder's."""
+
+    latent_dim: int
+    embed_dim: int
+    ae_layers: int
+    local_layers: int
+    local_window: int
+    pad_id: int
+    local_decoder: str = "window"
+    head: str = "direct"
+    latents: str = "on"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "energy" and self.latents == "none":
+            raise UserError("--head energy needs the latents; leave --latents on")
+        if self.latents == "none" and self.local_decoder == "none":
+            raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
+
+    @property
+    def ae(self) -> AEConfig:
+        return AEConfig(self.vocab_size, self.k, self.latent_dim, self.embed_dim, self.ae_layers)
+
+
+class Student(nn.Module):
+    """See the module's docstring. It owns one vocabulary-sized table: the embedding of its copy of the autoencoder."""
+
+    def __init__(self, cfg: StudentConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.ae = Autoencoder(cfg.ae)
+        self.local = None
+        if cfg.head == "direct" and cfg.local_decoder == "window":
+            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.local_window)
+        if cfg.latents == "none":
+            return
+        self.enter = nn.Linear(cfg.latent_dim, cfg.hidden_dim, bias=False)
+        self.enter_norm = nn.RMSNorm(cfg.hidden_dim, eps=1e-6)
+        self.start = nn.Parameter(torch.randn(cfg.hidden_dim))  # the backbone's input before the first chunk
+        self.backbone = Qwen3Model(cfg.qwen3(1, cfg.seq_len))
+        self.backbone.embed_tokens = None  # inputs come as vectors
+        self.exit = EnergyHead(cfg.hidden_dim, cfg.latent_dim) if cfg.head == "energy" else nn.Linear(cfg.hidden_dim, cfg.latent_dim)
+        if cfg.head == "energy":  # its samples are decoded by the autoencoder as it was trained
+            self.ae.requires_grad_(False)
+
+    @property
+    def table(self) -> Tensor:
+        """(V, E): logits are hidden @ table.T."""
+        return self.ae.embedding.weight
+
+    def backbone_input(self, chunks: Tensor) -> Tensor:
+        """Chunks of tokens (..., K) -> the backbone's input vectors (..., H)."""
+        return self.enter_norm(self.enter(self.ae.encode(chunks)[0]))
+
+    def backbone_states(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> h (B, L, H); row i has seen the chunks before i."""
+        x = self.backbone_input(tokens[:, : -self.cfg.k].unflatten(1, (-1, self.cfg.k))) if tokens.shape[1] > self.cfg.k else None
+        start = self.start.expand(len(tokens), 1, -1)
+        x = start if x is None else torch.cat([start.to(x.dtype), x], dim=1)  # (B, L, H)
+        return self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    def predict_latents(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> predicted latents z_hat (B, L, D), each from the chunks before it; zeros with the latent path off."""
+        if self.cfg.latents == "none":
+            return self.table.new_zeros(len(tokens), tokens.shape[1] // self.cfg.k, self.cfg.latent_dim)
+        return self.exit(self.backbone_states(tokens))
+
+    def previous_embeddings(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E), row t the embedding of token t-1; before the first token stands a pad."""
+        return self.ae.embed(nn.functional.pad(tokens[:, :-1], (1, 0), value=self.cfg.pad_id))
+
+    def token_states(self, tokens: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) and predicted latents (B, L, D) -> (g + u, g), each (B, T, E)."""
+        g = self.ae.decode(z_hat).flatten(1, 2)  # (B, T, E)
+        if self.local is None:
+            return g, g
+        return g + self.local(g, self.previous_embeddings(tokens)), g
+
+    def hidden(self, tokens: Tensor, latents_of: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, E); row t predicts token t from the tokens before it.
+
+        latents_of: other tokens (B, T) to take the latent path's input from (to measure what that path adds).
+        """
+        if self.cfg.head == "energy":
+            raise UserError("the energy head has no likelihood; only its samples can be scored")
+        return self.token_states(tokens, self.predict_latents(tokens if latents_of is None else latents_of))[0]
+
+    def nll(self, tokens: Tensor, first: int = 0, latents_of: Tensor | None = None) -> Tensor:
+        """-log p(x_t | x_<t) of tokens `first`..T-1, nats, (B, T - first)."""
+        h = self.hidden(tokens, latents_of)[:, first:]
+        return token_nll(h.flatten(0, 1), self.table, tokens[:, first:].flatten()).view(h.shape[:2])
+
+
+def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
+    """A student and its checkpoint's content. Raises UserError as `load_checkpoint`."""
+    content = load_checkpoint(path, "student")
+    model = Student(config_from(StudentConfig, content["config"], str(path)))
+    load_weights(model, content["state"], path)
+    return model.eval(), content

@@ -1,0 +1,96 @@
+"""Train the student on packed data, starting from a trained autoencoder.
+
+    python student/train_student.py --config configs/student_default.yaml --data data/packed --ae_ckpt checkpoints/ae.pt
+
+Writes checkpoint_dir/student.pt and run_dir/ (config, metrics.jsonl, log). Controls: `--latents none` (local decoder
+alone), `--local_decoder none` (independent positions), `--head energy` (CALM).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ae.ae_model import load_ae
+from ae.chunks import PackedData, TrainWindows, tokenizer_record
+from configs import loop
+from configs.errors import UserError, run_cli
+from configs.run import check_fingerprint
+from configs.schema import StudentTrainConfig, as_dict, parse_config
+from student.baseline import backbone_fields, mean_nll
+from student.losses import student_energy_loss, student_loss
+from student.student_model import Student, StudentConfig
+
+
+def pad_left(tokens: Tensor, k: int, pad_id: int, share: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Shift a share of the windows (B, T) right behind 1..k-1 pads; returns tokens and the pads of each row, (B,)."""
+    rng = np.random.default_rng([seed, step, 1])
+    count = rng.integers(1, k, len(tokens)) * (rng.random(len(tokens)) < share) if k > 1 else np.zeros(len(tokens), np.int64)
+    pads = torch.from_numpy(count)
+    at = torch.arange(tokens.shape[1]) - pads[:, None]  # (B, T)
+    return tokens.gather(1, at.clamp(min=0)).masked_fill(at < 0, pad_id), pads
+
+
+def main() -> None:
+    cfg = parse_config(StudentTrainConfig, __doc__)
+    frozen, ae_content = load_ae(cfg.ae_ckpt)
+    ae = frozen.cfg
+    for name in ("k", "latent_dim"):
+        asked, has = getattr(cfg, name), getattr(ae, name)
+        if asked is not None and asked != has:
+            raise UserError(f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE")
+    if cfg.head == "energy" and (cfg.base_w or cfg.mse_w):
+        raise UserError("--head energy trains by the energy score alone; leave --base_w and --mse_w at 0")
+    train, val = PackedData.pair(cfg.data)
+    check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, cfg.data)
+    cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
+    setup = loop.start("student", cfg)
+    model = Student(
+        StudentConfig(
+            **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
+            local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
+            local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents,
+        )
+    )  # fmt: skip
+    model.ae.load_state_dict(frozen.state_dict())
+    model.to(setup.device)
+    frozen.to(setup.device).requires_grad_(False)
+    windows = TrainWindows(train, model.cfg.context, cfg.batch_size, cfg.seed)
+    total = loop.total_steps(cfg, windows.steps_per_epoch)
+    setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
+
+    def loss(tokens: Tensor, pads: Tensor) -> loop.Losses:
+        if cfg.head == "energy":
+            return student_energy_loss(model, frozen, tokens, pads)
+        return student_loss(model, frozen, tokens, pads, ce_w=cfg.ce_w, mse_w=cfg.mse_w, base_w=cfg.base_w)
+
+    compiled = torch.compile(loss) if setup.compile else loss
+
+    def loss_at(step: int) -> loop.Losses:
+        tokens, pads = pad_left(windows.batch(step), ae.k, model.cfg.pad_id, cfg.pad_share, cfg.seed, step)
+        return compiled(tokens.to(setup.device), pads.to(setup.device))
+
+    @torch.no_grad()
+    def validate(_: bool) -> dict[str, Any]:
+        if cfg.head == "direct":
+            return mean_nll(model, val, setup, cfg.eval_windows)
+        model.eval()
+        torch.manual_seed(0)
+        energies = []
+        for tokens in val.batches(model.cfg.context, 8, cfg.eval_windows):
+            tokens = tokens.to(setup.device)
+            energies.append(student_energy_loss(model, frozen, tokens, tokens.new_zeros(len(tokens)))[0].item())
+        model.train()
+        return {"energy": float(np.mean(energies))}
+
+    content = {"config": as_dict(model.cfg), "tokenizer": tokenizer_record(train, cfg.checkpoint_dir), "train_config": as_dict(cfg)}
+    figures = loop.fit("student", model, cfg, setup, total, cfg.batch_size * model.cfg.context, loss_at, validate, content)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run_cli(main)

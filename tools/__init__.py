@@ -1,0 +1,1 @@
+"""Programs around the models: corpus, tokenizer, packing, evaluation, plots, the demo."""

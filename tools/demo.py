@@ -1,0 +1,146 @@
+"""The whole chain on the interpreter's own standard library: corpus -> tokenizer -> pack -> AE -> token-level model ->
+student -> samples -> evaluate -> bench -> report.
+
+    python tools/demo.py            # `make demo`; --quick for `make demo QUICK=1`
+
+Every stage is one of the project's own commands. A finished stage is not run again as long as its command, its config
+and the stages before it are the same; an interrupted training goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configs.errors import EXIT_INTERRUPTED, UserError, run_cli
+
+PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ")
+
+
+@dataclass
+class Stage:
+    """One command of the chain. `outputs` must exist afterwards; `state` is the training state it can resume from."""
+
+    name: str
+    command: list[str]
+    outputs: list[Path]
+    reads: list[Path] = field(default_factory=list)  # configs that its result depends on
+    state: Path | None = None
+    stdout: Path | None = None
+
+
+def stages(root: Path, quick: bool) -> list[Stage]:
+    """The chain, writing below `root`."""
+    corpus, tokenizer, packed, checkpoints = root / "corpus.jsonl", root / "tokenizer", root / "packed", root / "checkpoints"
+    ae, token_model, student = (checkpoints / f"{name}.pt" for name in ("ae", "token_model", "student"))
+
+    def train(name: str, script: str, checkpoint: Path, steps: int, *extra: str) -> Stage:
+        config = Path(f"configs/demo_{checkpoint.stem}.yaml")
+        command = [script, "--config", str(config), "--data", str(packed), "--checkpoint_dir", str(checkpoints)]
+        command += ["--run_dir", str(root / checkpoint.stem), *extra]
+        command += ["--set", f"max_steps={steps}"] if quick else []
+        return Stage(name, command, [checkpoint], [config], checkpoint.with_suffix(".state.pt"))
+
+    return [
+        Stage("corpus", ["tools/get_corpus.py", "--output", str(corpus)], [corpus]),
+        Stage("tokenizer", ["tools/train_tokenizer.py", "--input", str(corpus), "--output", str(tokenizer), "--vocab_size", "4096"], [tokenizer]),
+        Stage(
+            "packing",
+            ["tools/data_packing.py", "--input", str(corpus), "--output", str(packed), "--tokenizer", str(tokenizer), "--seq_len", "512"],
+            [packed / "train" / "meta.json", packed / "val" / "meta.json"],
+        ),
+        train("autoencoder", "ae/train_ae.py", ae, 120),
+        train("token model", "student/baseline.py", token_model, 40),
+        train("student", "student/train_student.py", student, 40, "--ae_ckpt", str(ae)),
+        *(
+            Stage(
+                f"sample {i}",
+                ["infer.py", "--ae", str(ae), "--student", str(student), "--prompt", prompt, "--echo"],
+                [root / f"sample_{i}.txt"],
+                stdout=root / f"sample_{i}.txt",
+            )
+            for i, prompt in enumerate(PROMPTS, 1)
+        ),
+        Stage(
+            "evaluation",
+            ["tools/evaluate.py", "--ae", str(ae), "--student", str(student), "--baseline", str(token_model), "--data", str(packed)]
+            + ["--output", str(root / "evaluate.json")]
+            + (["--max_windows", "32"] if quick else []),
+            [root / "evaluate.json"],
+            stdout=root / "evaluate.txt",
+        ),
+        Stage(
+            "benchmark",
+            ["bench.py", "--ae", str(ae), "--student", str(student), "--baseline", str(token_model), "--max_new_tokens", "128"]
+            + ["--output", str(root / "bench.json"), "--repeats", "1" if quick else "3"],
+            [root / "bench.json"],
+            stdout=root / "bench.txt",
+        ),
+        Stage("report", ["tools/report.py", str(root)], [root / "report.md"]),
+    ]  # fmt: skip
+
+
+def run_stage(stage: Stage, resume: bool) -> None:
+    """Run one command; raises UserError with its exit code, and ends with 130 where it was interrupted."""
+    command = [sys.executable, *stage.command, *(["--resume"] if resume else [])]
+    out = open(stage.stdout, "w", encoding="utf-8") if stage.stdout else None
+    try:
+        # what the commands print for people goes to standard error; results lie in files
+        code = subprocess.run(command, stdout=out or sys.stderr, env={**os.environ, "PYTHONWARNINGS": "ignore"}).returncode
+    finally:
+        if out:
+            out.close()
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"the stage {stage.name!r} failed with exit code {code}: {' '.join(command[:8])} ...; its own message is above")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the same chain with a few steps of training, about 3 minutes")
+    parser.add_argument("--output", help="where everything is written [runs/demo, or runs/demo-quick]")
+    args = parser.parse_args()
+    root = Path(args.output or ("runs/demo-quick" if args.quick else "runs/demo"))
+    root.mkdir(parents=True, exist_ok=True)
+    record_path = root / "stages.json"
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    chain, begin, key = stages(root, args.quick), time.time(), ""
+    for number, stage in enumerate(chain, 1):
+        text = json.dumps([key, stage.command]) + "".join(path.read_text() for path in stage.reads)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        before = record.get(stage.name, {})
+        same = before.get("key") == key
+        title = f"[{number:2}/{len(chain)}] {stage.name}"
+        if same and before.get("seconds") and all(path.exists() for path in stage.outputs):
+            print(f"{title}: done before, in {before['seconds']:.0f} s", file=sys.stderr)
+            continue
+        print(f"{title} ...", file=sys.stderr, flush=True)
+        spent = before.get("spent", 0.0) if same else 0.0
+        start = time.time()
+        resume = bool(same and stage.state and stage.state.exists())
+        try:
+            run_stage(stage, resume)
+        except KeyboardInterrupt:
+            record[stage.name] = {"key": key, "spent": spent + time.time() - start}
+            record_path.write_text(json.dumps(record, indent=1))
+            print(f"\ninterrupted in {stage.name!r}; the same command goes on from there", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        record[stage.name] = {"key": key, "seconds": round(spent + time.time() - start, 1)}
+        record_path.write_text(json.dumps(record, indent=1))
+        if stage.name != "report":
+            print(f"{title}: {record[stage.name]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    print((root / "report.md").read_text())
+    print(f"all stages in {time.time() - begin:.0f} s; this report: {root / 'report.md'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,196 @@
+"""Measure token-level model and student side by side on validation text.
+
+    python tools/evaluate.py --ae checkpoints/ae.pt --student checkpoints/student.pt --baseline checkpoints/token_model.pt --data data/packed
+
+Both models see the same windows and are scored on the same tokens: all but the first chunk of each window, which is
+context. Prints a table and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ae.ae_model import load_ae
+from ae.chunks import PackedData
+from ae.losses import MAX_LOGITS
+from ae.tokenizer_adapter import TokenizerAdapter
+from ae.train_ae import NOISE, reconstruction
+from configs.errors import UserError, run_cli
+from configs.run import check_fingerprint, has_fast_bf16, pick_device, tune_process
+from student.baseline import TokenModel, load_token_model
+from student.brier import N, brier_by_samples, brier_lm, collisions, ngram_probabilities
+from student.student_model import Student, load_student
+
+BATCH = 8  # windows at a time
+
+
+def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (B, T, E), table (V, E), targets (B, T) -> NLL in nats and whether the arg max is right, each (B, T)."""
+    nll, right = [], []
+    rows = max(1, MAX_LOGITS // table.shape[0])
+    for h, t in zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True):
+        logits = (h @ table.T).float()
+        nll.append(torch.nn.functional.cross_entropy(logits, t, reduction="none"))
+        right.append(logits.argmax(-1) == t)
+    return torch.cat(nll).view(targets.shape), torch.cat(right).view(targets.shape)
+
+
+class Measure:
+    """Collects a model's scores over windows; `figures` sums them up. Positions are those after the first chunk."""
+
+    def __init__(self, model: TokenModel | Student, byte_lengths: Tensor, brier_windows: int) -> None:
+        self.model, self.k, self.byte_lengths, self.brier_windows = model, model.cfg.k, byte_lengths, brier_windows
+        self.nll: list[Tensor] = []
+        self.right: list[Tensor] = []
+        self.swapped: list[Tensor] = []
+        self.collision: dict[str, list[Tensor]] = {"chunk start": [], "all": []}
+        self.n_bytes = 0
+
+    def add(self, tokens: Tensor, others: Tensor, rng: np.random.Generator) -> None:
+        """Windows (B, T), and as many windows of other documents to take the latents from."""
+        k, model, targets = self.k, self.model, tokens[:, self.k :]
+        self.n_bytes += int(self.byte_lengths[targets].sum())
+        nll, right = score(model.hidden(tokens)[:, k:], model.table, targets)
+        self.nll.append(nll.cpu())
+        self.right.append(right.cpu())
+        if isinstance(model, Student):
+            self.swapped.append(score(model.hidden(tokens, others)[:, k:], model.table, targets)[0].cpu())
+        if self.brier_windows > 0:
+            self.brier_windows -= len(tokens)
+            chunks = torch.arange(1, (tokens.shape[1] - N - k + 1) // k + 1)
+            anywhere = chunks * k + torch.from_numpy(rng.integers(k, size=len(chunks)))
+            for name, starts in (("chunk start", chunks * k), ("all", anywhere)):
+                self.collision[name].append(collisions(model, tokens, starts.to(tokens.device)).cpu())
+
+    def figures(self) -> dict[str, Any]:
+        nll, right, k = torch.cat(self.nll), torch.cat(self.right).float(), self.k
+        p_true = ngram_probabilities(nll)  # (4, n, T - K - 3)
+        brier = {
+            name: brier_lm(p.mean((1, 2)), torch.cat(self.collision[name], dim=1).mean((1, 2)))
+            for name, p in (("chunk start", p_true[:, :, ::k]), ("all", p_true))
+        }
+        out = {
+            "bits_per_byte": nll.sum().item() / math.log(2) / self.n_bytes,
+            "nats_per_token": nll.mean().item(),
+            "brier_lm": brier["chunk start"],
+            "brier_lm_all": brier["all"],
+            "nll_by_position": nll.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
+            "accuracy": right.mean().item(),
+            "accuracy_by_position": right.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
+        }
+        if self.swapped:
+            out["latent_swap_cost"] = torch.cat(self.swapped).mean().item() - out["nats_per_token"]
+        return out
+
+
+@torch.inference_mode()
+def evaluate(models: dict[str, TokenModel | Student], data: PackedData, byte_lengths: Tensor, limit: int | None, device: torch.device) -> dict[str, Any]:
+    """Figures of each model over the split's windows (or the first `limit`)."""
+    context = next(iter(models.values())).cfg.context
+    n = min(limit or data.windows(context), data.windows(context))
+    if n < 2:
+        raise UserError(f"{data.folder} holds {data.windows(context)} windows of {context} tokens; at least 2 are needed")
+    windows = torch.from_numpy(data.tokens[: n * context].reshape(n, context).astype(np.int64))
+    byte_lengths, half = byte_lengths.to(device), n // 2  # the latents of window i + n/2: another document's
+    measures = {name: Measure(model, byte_lengths, 64) for name, model in models.items()}
+    for name, measure in measures.items():
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        for i in range(0, n, BATCH):
+            index = torch.arange(i, min(i + BATCH, n))
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+                measure.add(windows[index].to(device), windows[(index + half) % n].to(device), rng)
+    return {name: {**measure.figures(), "windows": n, "tokens": n * (context - measure.k)} for name, measure in measures.items()}
+
+
+@torch.inference_mode()
+def evaluate_energy(model: Student, data: PackedData, limit: int | None, device: torch.device) -> dict[str, Any]:
+    """What can be measured of a head without likelihood: BrierLM from the chunk start, by two samples a chunk."""
+    torch.manual_seed(0)
+    samples: list[Tensor] = []
+    for tokens in data.batches(model.cfg.context, BATCH, limit):
+        h = model.backbone_states(tokens.to(device))[:, 1:]  # (B, L-1, H)
+        two = [model.ae.logits(model.ae.decode(model.exit(h))).argmax(-1).cpu() for _ in range(2)]
+        samples.append(torch.stack([*two, tokens.unflatten(1, (-1, model.cfg.k))[:, 1:]]))
+    first, second, truth = torch.cat(samples, dim=1)
+    brier = brier_by_samples(first, second, truth)
+    return dict.fromkeys(("bits_per_byte", "nats_per_token", "brier_lm_all", "nll_by_position")) | {"brier_lm": brier}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    names = [name for name in ("token_model", "student") if name in result]
+    rows = [
+        ("bits per byte", "bits_per_byte", ".4f"), ("NLL, nats/token", "nats_per_token", ".4f"), ("next-token accuracy", "accuracy", ".2%"),
+        ("BrierLM (from chunk start)", "brier_lm", ".3f"), ("BrierLM (all positions)", "brier_lm_all", ".3f"),
+        ("cost of another document's latents, nats", "latent_swap_cost", ".4f"),
+    ]  # fmt: skip
+    lines = [f"{'':42}" + "".join(f"{name:>14}" for name in names)]
+    for title, key, style in rows:
+        values = [result[name].get(key) for name in names]
+        lines.append(f"{title:42}" + "".join(f"{'-' if v is None else format(v, style):>14}" for v in values))
+    for title, key, style in (("NLL at in-chunk position", "nll_by_position", ".3f"), ("accuracy at in-chunk position", "accuracy_by_position", ".1%")):
+        for i in range(len(next((result[n][key] for n in names if result[n].get(key)), []))):
+            values = [result[name].get(key) for name in names]
+            lines.append(f"{f'{title} {i + 1}':42}" + "".join(f"{'-' if v is None else format(v[i], style):>14}" for v in values))
+    if "ae" in result:
+        ae = result["ae"]
+        lines.append(
+            f"AE: {ae['chunk_exact']:.2%} of chunks and {ae['token_exact']:.3%} of tokens exact; "
+            f"{ae['noisy_chunk_exact']:.2%} of chunks with N(0, {NOISE}) noise on the latent"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ae", help="autoencoder checkpoint, for its reconstruction")
+    parser.add_argument("--student", help="student checkpoint")
+    parser.add_argument("--baseline", help="token-level model checkpoint")
+    parser.add_argument("--data", default="data/packed", help="packed data; its val split is read [data/packed]")
+    parser.add_argument("--max_windows", type=int, help="only the first windows of the split [all]")
+    parser.add_argument("--output", help="write the JSON there too")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if not (args.ae or args.student or args.baseline):
+        raise UserError("nothing to evaluate: give --ae, --student or --baseline")
+    if args.max_windows is not None and args.max_windows < 2:
+        raise UserError(f"--max_windows: expected at least 2, got {args.max_windows}")
+    tune_process()
+    device = pick_device(args.device)
+    data = PackedData(f"{args.data}/val")
+    loaded: dict[str, Any] = {}
+    for name, path, load in (("ae", args.ae, load_ae), ("token_model", args.baseline, load_token_model), ("student", args.student, load_student)):
+        if path:
+            model, content = load(path)
+            check_fingerprint(content["tokenizer"]["fingerprint"], data.fingerprint, path, args.data)
+            loaded[name] = model.to(device)
+    models = {name: loaded[name] for name in ("token_model", "student") if name in loaded}
+    if len({(model.cfg.context, model.cfg.k) for model in models.values()}) > 1:
+        told = ", ".join(f"{name} {m.cfg.context} tokens in chunks of {m.cfg.k}" for name, m in models.items())
+        raise UserError(f"the models were trained on different windows ({told}) and cannot be compared")
+    result: dict[str, Any] = {}
+    if "ae" in loaded:
+        result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device))
+    if "student" in models and models["student"].cfg.head == "energy":
+        result["student"] = evaluate_energy(models.pop("student"), data, args.max_windows, device)
+    if models:
+        lengths = torch.from_numpy(TokenizerAdapter.load(data.tokenizer).byte_lengths)
+        result |= evaluate(models, data, lengths, args.max_windows, device)
+    print(table(result))
+    line = json.dumps(result)
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    run_cli(main)

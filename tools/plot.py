@@ -1,0 +1,79 @@
+"""Draw training runs: loss against training tokens and against time.
+
+    python tools/plot.py runs/token_model runs/student --output loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+from configs.errors import UserError, run_cli  # noqa: E402
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. Raises UserError when there are none."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"no run in {run}: {path} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: expected one JSON object a line") from None
+    if not any("loss" in line for line in lines):
+        raise UserError(f"{path} holds no training steps yet")
+    return lines
+
+
+def loss_curves(runs: dict[str, str | Path], path: str | Path, key: str = "ce") -> None:
+    """Training `key` (nats a token) of named runs against tokens and against minutes of training."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for name, run in runs.items():
+        steps = [m for m in read_metrics(run) if key in m]
+        for axis, x in zip(axes, ([m["tokens"] / 1e6 for m in steps], [m["time"] / 60 for m in steps]), strict=True):
+            axis.plot(x, [m[key] for m in steps], label=name)
+    for axis, label in zip(axes, ("training tokens, millions", "minutes"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("training loss, nats per token")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def nll_by_position(figures: dict[str, list[float]], path: str | Path) -> None:
+    """Validation NLL at in-chunk positions 1..K of named models."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, values in figures.items():
+        axis.plot(range(1, len(values) + 1), values, marker="o", label=name)
+    axis.set_xlabel("position in the chunk")
+    axis.set_ylabel("validation NLL, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--output", default="loss.png", help="[loss.png]")
+    parser.add_argument("--key", default="ce", help="which part of the loss [ce]")
+    args = parser.parse_args()
+    loss_curves({Path(run).name: run for run in args.runs}, args.output, args.key)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_cli(main)

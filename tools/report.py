@@ -1,0 +1,92 @@
+"""Write the report of a demo run from what its stages left: report.md, loss.png, nll_by_position.png.
+
+    python tools/report.py runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, run_cli
+from tools.plot import loss_curves, nll_by_position, read_metrics
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}. Run `make demo` first") from None
+
+
+def report(root: Path) -> str:
+    """The report as Markdown; draws its two plots into `root`."""
+    figures, bench, times = _read(root / "evaluate.json"), _read(root / "bench.json"), _read(root / "stages.json")
+    token_model, student, ae, where = figures["token_model"], figures["student"], figures["ae"], bench["environment"]
+    loss_curves({name: root / name for name in ("token_model", "student")}, root / "loss.png")
+    nll_by_position({name: figures[name]["nll_by_position"] for name in ("token_model", "student")}, root / "nll_by_position.png")
+    trained = {name: next(m for m in reversed(read_metrics(root / name)) if m.get("final")) for name in ("ae", "token_model", "student")}
+    k = len(student["nll_by_position"])
+    rows = [
+        ("training tokens", *(f"{trained[n]['tokens']:,}" for n in ("token_model", "student"))),
+        ("training time, s (validation included)", *(f"{times[n]['seconds']:.0f}" for n in ("token model", "student"))),
+        *(
+            (title, format(token_model[key], style), format(student[key], style))
+            for title, key, style in (
+                ("bits per byte", "bits_per_byte", ".4f"), ("NLL, nats per token", "nats_per_token", ".4f"),
+                ("BrierLM, n-grams from the chunk start", "brier_lm", ".3f"), ("BrierLM, n-grams from all positions", "brier_lm_all", ".3f"),
+            )
+        ),
+        ("cost of another document's latents, nats per token", "-", f"{student['latent_swap_cost']:.4f}"),
+        (f"backbone steps for {bench['student']['tokens']} new tokens", *(str(bench[n]["backbone_steps"]) for n in ("token_model", "student"))),
+        ("tokens a second, batch 1, eager", *(f"{bench[n]['tokens_per_s']:.0f}" for n in ("token_model", "student"))),
+    ]  # fmt: skip
+    samples = [path.read_text(encoding="utf-8").rstrip() for path in sorted(root.glob("sample_*.txt"))]
+    total = sum(stage["seconds"] for stage in times.values() if "seconds" in stage)
+    lines = [
+        "# Demo report",
+        "",
+        f"Text: the interpreter's standard library. {where['processor']}, {where['threads']} threads, torch {where['torch']}, "
+        f"transformers {where['transformers']}, Python {where['python']}, commit {where['commit'] or 'unknown'}.",
+        "",
+        f"The autoencoder reconstructs {ae['chunk_exact']:.2%} of {ae['chunks']:,} validation chunks of {k} tokens exactly "
+        f"({ae['token_exact']:.3%} of tokens), {ae['noisy_chunk_exact']:.2%} with N(0, 0.3) noise on the latent.",
+        "",
+        "| | token-level model | student |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"At equal training tokens the student's bits per byte are {student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the "
+        f"token-level model's, its BrierLM {student['brier_lm'] / token_model['brier_lm']:.0%} of it. If the cost of another document's latents is "
+        "small, the local decoder does most of the work: judge the student by that figure too.",
+        "",
+        "![training loss](loss.png)",
+        "![NLL by position in the chunk](nll_by_position.png)",
+        "",
+        "## Samples of the student",
+        "",
+        *(f"```python\n{sample}\n```\n" for sample in samples),
+        "## Stages",
+        "",
+        "| stage | seconds |",
+        "|---|---|",
+        *(f"| {name} | {stage['seconds']:.0f} |" for name, stage in times.items() if "seconds" in stage and name != "report"),
+        f"| all | {total:.0f} |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", default="runs/demo", help="a demo's folder [runs/demo]")
+    root = Path(parser.parse_args().root)
+    text = report(root)
+    (root / "report.md").write_text(text, encoding="utf-8")
+    print(root / "report.md")
+
+
+if __name__ == "__main__":
+    run_cli(main)
