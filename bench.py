@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,8 @@ PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __i
 class Racer(Protocol):
     """A model that continues one prompt: returns the number of new tokens and the seconds to the first of them."""
 
-    backbone: torch.nn.Module
+    @property
+    def backbone(self) -> torch.nn.Module: ...
 
     def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]: ...
 
@@ -57,7 +59,8 @@ class TokenRacer:
     """The token-level model through transformers' `generate`."""
 
     def __init__(self, model: TokenModel) -> None:
-        self.model, self.backbone = model.lm, model.lm.model
+        self.model: Any = model.lm
+        self.backbone: torch.nn.Module = model.lm.model
 
     @torch.inference_mode()
     def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
@@ -75,7 +78,103 @@ class StudentRacer:
     """The student through its sampler."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.backbone = sampler, sampler.model.backbone
+        self.sampler = sampler
+        self.backbone: torch.nn.Module = sampler.model.backbone
+
+    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
+        start, first, tokens = time.perf_counter(), 0.0, 0
+        for chunk in self.sampler.stream([prompt], SamplingParams(new_tokens, seed=seed, ignore_eot=True)):
+            first = first or time.perf_counter() - start
+            tokens += len(chunk.token_ids)
+        return tokens, first
+
+
+def count_calls(module: torch.nn.Module, run: Callable[[], Any]) -> int:
+    """How often `module` is called while `run` runs."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = module.register_forward_hook(hook)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+def load(name: str, path: str, device: torch.device) -> tuple[Racer, Any]:
+    """A racer and its tokenizer."""
+    if name == "student":
+        sampler = load_sampler(path, device=device)
+        if sampler.cfg.latents == "none":
+            raise UserError(f"{path} was trained with --latents none: it has no backbone to race")
+        return StudentRacer(sampler), sampler.tokenizer
+    model, content = load_token_model(path)
+    return TokenRacer(model.to(device)), checkpoint_tokenizer(content["tokenizer"], path)
+
+
+def peak_mb(name: str, path: str, prompt: str, new_tokens: int, device: str) -> float:
+    """Peak memory, MiB, of a fresh process that loads one model and continues one prompt."""
+    command = [sys.executable, __file__, "--peak_of", name, "--student" if name == "student" else "--baseline", path]
+    command += ["--prompts", prompt, "--max_new_tokens", str(new_tokens), "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main():\n", "class Node:\n    def __init__(self, ", "def test_", '"""Utilities for ')
+
+
+class Racer(Protocol):
+    """A model that continues one prompt: returns the number of new tokens and the seconds to the first of them."""
+
+    @property
+    def backbone(self) -> torch.nn.Module: ...
+
+    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]: ...
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when `generate` hands out its first new token (the prompt comes first)."""
+
+    def __init__(self) -> None:
+        self.calls, self.at = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.at = time.perf_counter()
+
+    def end(self) -> None: ...
+
+
+class TokenRacer:
+    """The token-level model through transformers' `generate`."""
+
+    def __init__(self, model: TokenModel) -> None:
+        self.model: Any = model.lm
+        self.backbone: torch.nn.Module = model.lm.model
+
+    @torch.inference_mode()
+    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
+        torch.manual_seed(seed)
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        streamer, start = _FirstToken(), time.perf_counter()
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=True,
+            temperature=0.8, top_p=0.95, top_k=0, eos_token_id=None, pad_token_id=0, streamer=streamer,
+        )  # fmt: skip
+        return out.shape[1] - len(prompt), streamer.at - start
+
+
+class StudentRacer:
+    """The student through its sampler."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.backbone: torch.nn.Module = sampler.model.backbone
 
     def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
         start, first, tokens = time.perf_counter(), 0.0, 0
@@ -115,7 +214,9 @@ def load(name: str, path: str, device: torch.device) -> tuple[Racer, Any]:
 def peak_mb(name: str, path: str, new_tokens: int, device: str) -> float:
     """Peak memory, MiB, of a fresh process that loads one model and continues the first prompt."""
     command = [sys.executable, __file__, "--peak_of", name, f"--{name if name == 'student' else 'baseline'}", path]
-    done = subprocess.run([*command, "--max_new_tokens", str(new_tokens), "--device", device], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--max_new_tokens", str(new_tokens), "--device", device], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -156,7 +257,7 @@ def main() -> None:
     firsts: dict[str, list[float]] = {name: [] for name in racers}
     steps = {}
     for name, racer in racers.items():  # warm-up, and the count
-        steps[name] = count_calls(racer.backbone, lambda racer=racer: racer.run(prompts[0], args.max_new_tokens, 0))
+        steps[name] = count_calls(racer.backbone, partial(racer.run, prompts[0], args.max_new_tokens, 0))
     for repeat in range(args.repeats):
         for prompt in prompts:
             for name, racer in racers.items():
@@ -173,15 +274,24 @@ def main() -> None:
             "tokens_per_s": statistics.median(rates[name]),
             "tokens_per_s_range": [min(rates[name]), max(rates[name])],
             "ttft_s": statistics.median(firsts[name]),
-            "peak_mb": peak_mb(name, paths[name], args.max_new_tokens, args.device),
+            "peak_mb": peak_mb(name, paths[name], args.prompts[0], args.max_new_tokens, args.device),
         }
     where = environment()
-    print(f"{args.max_new_tokens} new tokens after each of {len(prompts)} prompts, {args.repeats} times, batch 1, float32, eager; {threads} threads,")
-    print(f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}, transformers {where['transformers']}")
+    print(
+        f"{args.max_new_tokens} new tokens after each of {len(prompts)} prompts, {args.repeats} times, batch 1, float32, "
+        f"eager; {threads} threads,"
+    )
+    print(
+        f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}"
+    )
     print(f"{'':14}{'backbone steps':>16}{'tokens/s':>12}{'(min .. max)':>20}{'first token':>14}{'peak memory':>14}")
     for name, r in result.items():
         spread = "({:.0f} .. {:.0f})".format(*r["tokens_per_s_range"])
-        print(f"{name:14}{r['backbone_steps']:>16}{r['tokens_per_s']:>12.1f}{spread:>20}{r['ttft_s'] * 1000:>11.1f} ms{r['peak_mb']:>10.0f} MiB")
+        print(
+            f"{name:14}{r['backbone_steps']:>16}{r['tokens_per_s']:>12.1f}{spread:>20}{r['ttft_s'] * 1000:>11.1f} ms"
+            f"{r['peak_mb']:>10.0f} MiB"
+        )
     result["speedup"] = result["student"]["tokens_per_s"] / result["token_model"]["tokens_per_s"]
     print(f"the student writes {result['speedup']:.2f}x as many tokens a second")
     result["environment"] = where

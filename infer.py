@@ -1,6 +1,6 @@
 """Continue a prompt with a trained student. The text goes to standard output, the figures to standard error.
 
-    python infer.py --ae checkpoints/ae.pt --student checkpoints/student.pt --prompt "def main():" --max_new_tokens 128
+python infer.py --ae checkpoints/ae.pt --student checkpoints/student.pt --prompt "def main():" --max_new_tokens 128
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from student.sampler import SamplingParams, load_sampler
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="checkpoints/student.pt", help="student checkpoint [checkpoints/student.pt]")
-    parser.add_argument("--ae", help="autoencoder checkpoint it was trained from: checked to fit (the student carries its own copy)")
+    parser.add_argument(
+        "--ae", help="autoencoder checkpoint it was trained from: checked to fit (the student carries its own copy)"
+    )
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
@@ -27,7 +29,9 @@ def main() -> None:
     parser.add_argument("--stop", action="append", default=[], help="stop before this string; may be given again")
     parser.add_argument("--stream", action="store_true", help="print each chunk as it comes")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
-    parser.add_argument("--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long instead of refusing it")
+    parser.add_argument(
+        "--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long instead of refusing it"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto [auto]")
     args = parser.parse_args()
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
@@ -50,8 +54,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print("" if args.stream else "".join(pieces))
     print(
-        f"{steps} latent steps, {tokens} tokens ({len(prompt)} in the prompt), {tokens / seconds:.1f} tokens/s, first chunk after "
-        f"{first * 1000:.0f} ms, finished by {reason}; {sampler.never.device}, {threads} threads",
+        f"{steps} latent steps, {tokens} tokens ({len(prompt)} in the prompt), {tokens / seconds:.1f} tokens/s, "
+        f"first chunk after {first * 1000:.0f} ms, finished by {reason}; {sampler.never.device}, {threads} threads",
         file=sys.stderr,
     )
 

@@ -34,7 +34,9 @@ class AEConfig:
             if value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if self.num_layers % 4:
-            raise UserError(f"num_layers: expected a multiple of 4 (token and chunk level, encoder and decoder), got {self.num_layers}")
+            raise UserError(
+                f"num_layers: expected a multiple of 4 (token and chunk level, encoder and decoder), got {self.num_layers}"
+            )
 
     @property
     def chunk_dim(self) -> int:

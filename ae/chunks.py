@@ -52,7 +52,13 @@ class PackedWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        head = {"format": FORMAT, "version": VERSION, "dtype": self.dtype.name, "n_tokens": self.n_tokens, "n_docs": self.n_docs}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            "n_tokens": self.n_tokens,
+            "n_docs": self.n_docs,
+        }
         temporary = self.folder / "meta.json.tmp"
         temporary.write_text(json.dumps({**head, **meta}, indent=1), encoding="utf-8")
         temporary.replace(self.folder / "meta.json")
@@ -69,15 +75,19 @@ class PackedData:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"no packed data in {self.folder} (meta.json is missing); write it with tools/data_packing.py") from None
+            raise UserError(
+                f"no packed data in {self.folder} (meta.json is missing); write it with tools/data_packing.py"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / 'meta.json'} cannot be read: {error}") from None
         if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
             raise UserError(f"{self.folder} is not packed data of this project: expected format {FORMAT!r}")
         if self.meta.get("version") != VERSION:
-            raise UserError(f"{self.folder}: format version {self.meta.get('version')}, this code reads {VERSION}; pack the data again")
+            raise UserError(
+                f"{self.folder}: format version {self.meta.get('version')}, this code reads {VERSION}; pack the data again"
+            )
         try:
-            dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[self.meta["dtype"]]
+            dtype: np.dtype = np.dtype({"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]])
             self.n_tokens, self.n_docs = int(self.meta["n_tokens"]), int(self.meta["n_docs"])
             self.fingerprint, self.tokenizer_path = str(self.meta["tokenizer_fingerprint"]), str(self.meta["tokenizer"])
         except (KeyError, TypeError, ValueError) as error:
@@ -142,7 +152,10 @@ class TrainWindows:
         self.data, self.window, self.batch_size, self.seed = data, window, batch_size, seed
         self.per_epoch = (data.n_tokens - window) // window  # one window less, to leave room for the phase
         if self.per_epoch < 1:
-            raise UserError(f"{data.folder} holds {data.n_tokens} tokens: too few for windows of {window}; bring more text or lower --seq_len")
+            raise UserError(
+                f"{data.folder} holds {data.n_tokens} tokens: too few for windows of {window}; "
+                "bring more text or lower --seq_len"
+            )
         self._epoch = -1
 
     @property

@@ -46,7 +46,9 @@ def ae_loss(
     latent_dropout: float = 0.15,
     token_mask: float = 0.15,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """K * CE + kl_weight * sum_d max(free_bits, KL_d) + l2_weight * |mean|^2, averaged over chunks (B, K); returns it and its parts.
+    """K * CE + kl_weight * sum_d max(free_bits, KL_d) + l2_weight * |mean|^2, averaged over chunks (B, K).
+
+    Returns the total and its parts.
 
     Posterior noise, latent dropout and token masking are what make nearby latents decode alike (CALM, section 2.2).
     """

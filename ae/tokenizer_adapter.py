@@ -139,7 +139,7 @@ class TokenizerAdapter:
         """Ids of texts from `render_chat`, in parallel: special tokens are recognised, guarded ones are ordinary text."""
         plain = [i for i, text in enumerate(texts) if GUARD not in text]
         rows: dict[int, np.ndarray] = {}
-        for i, encoding in zip(plain, self._encode(self._special_tokenizer, [texts[i] for i in plain])):
+        for i, encoding in zip(plain, self._encode(self._special_tokenizer, [texts[i] for i in plain]), strict=True):
             rows[i] = np.array(encoding.ids, dtype=np.int32)
         for i in set(range(len(texts))) - rows.keys():
             ids: list[int] = []
@@ -318,7 +318,7 @@ def _from_file(path: Path, source: str) -> TokenizerAdapter:
     """A tokenizer file; where it is called tokenizer.json, with what lies beside it."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower
+    except Exception as error:
         raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
     if path.name != "tokenizer.json":
         return TokenizerAdapter(tokenizer, {}, None, None, source)

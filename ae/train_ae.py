@@ -69,7 +69,9 @@ def main() -> None:
     cfg = parse_config(AETrainConfig, __doc__)
     train, val = PackedData.pair(cfg.data)
     setup = loop.start("ae", cfg)
-    model = Autoencoder(AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)).to(setup.device)
+    model = Autoencoder(AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)).to(
+        setup.device
+    )
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup.run.log(f"ae: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {cfg.batch_size} chunks")
@@ -91,10 +93,15 @@ def main() -> None:
     def validate(full: bool) -> dict[str, Any]:
         return reconstruction(model, val, setup.device, setup.bf16, None if full else 4096)
 
-    content = {"config": as_dict(model.cfg), "tokenizer": tokenizer_record(train, cfg.checkpoint_dir), "train_config": as_dict(cfg)}
+    content = {
+        "config": as_dict(model.cfg),
+        "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_config": as_dict(cfg),
+    }
     figures = loop.fit("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, loss_at, validate, content)
     setup.run.log(
-        f"ae: {figures['chunk_exact']:.2%} of {figures['chunks']:,} validation chunks exact ({figures['token_exact']:.3%} of tokens), "
+        f"ae: {figures['chunk_exact']:.2%} of {figures['chunks']:,} validation chunks exact "
+        f"({figures['token_exact']:.3%} of tokens), "
         f"{figures['noisy_chunk_exact']:.2%} with N(0, {NOISE}) noise on the latent; "
         f"posterior std {figures['posterior_std']:.3f}, {figures['dead_dims']} of {cfg.latent_dim} dimensions dead"
     )

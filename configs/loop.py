@@ -21,9 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
-from configs.run import Run, has_fast_bf16, load_checkpoint, load_weights, pick_device, save_checkpoint, tune_process, wants_compile
+from configs.run import (
+    Run,
+    has_fast_bf16,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    save_checkpoint,
+    tune_process,
+    wants_compile,
+)
 from configs.schema import TrainConfig, as_dict
-
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
 
@@ -53,8 +61,8 @@ def start(name: str, cfg: TrainConfig) -> Setup:
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
     setup = Setup(Run(cfg.run_dir or f"runs/{name}", as_dict(cfg)), device, bf16, wants_compile(cfg.compile, device))
     torch.manual_seed(cfg.seed)
-    precision = "bfloat16 autocast" if bf16 else "float32"
-    setup.run.log(f"{name}: {device}, {threads} threads, {precision}{', compiled' if setup.compile else ''}, run folder {setup.run.folder}")
+    how = ("bfloat16 autocast" if bf16 else "float32") + (", compiled" if setup.compile else "")
+    setup.run.log(f"{name}: {device}, {threads} threads, {how}, run folder {setup.run.folder}")
     return setup
 
 
@@ -121,7 +129,9 @@ def fit(
         state = load_checkpoint(state_path, f"{name}.state")
         if state["config"] != content["config"]:
             changed = sorted(k for k in content["config"] if state["config"].get(k) != content["config"][k])
-            raise UserError(f"--resume: {state_path} belongs to another model (different {', '.join(changed)}); train without --resume")
+            raise UserError(
+                f"--resume: {state_path} belongs to another model (different {', '.join(changed)}); train without --resume"
+            )
         load_weights(model, state["state"], state_path)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -133,12 +143,16 @@ def fit(
     def save(step: int, figures: dict[str, Any]) -> None:
         weights = {key: value.detach() for key, value in model.state_dict().items()}
         save_checkpoint(
-            state_path, f"{name}.state", {"config": content["config"], "state": weights, "optimizer": optimizer.state_dict(), "step": step}
+            state_path,
+            f"{name}.state",
+            {"config": content["config"], "state": weights, "optimizer": optimizer.state_dict(), "step": step},
         )
         save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
 
     stop = _StopSignal()
-    bar = tqdm(total=total, initial=first, desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True)
+    bar = tqdm(
+        total=total, initial=first, desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True
+    )
     mark, mark_step = time.perf_counter(), first
     try:
         for step in range(first, total):
@@ -151,7 +165,8 @@ def fit(
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
             if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
                 raise UserError(
-                    f"{name}: the loss is {loss.item():g} and its gradient {float(norm):g} at step {step}: nothing was updated. "
+                    f"{name}: the loss is {loss.item():g} and its gradient {float(norm):g} at step {step}: "
+                    "nothing was updated. "
                     f"Try a lower --lr (now {cfg.lr:g}), a longer --warmup_steps or --no-bf16; the last save is {state_path}"
                 )
             optimizer.step()
@@ -162,9 +177,14 @@ def fit(
                 shown = {key: round(value.item(), 5) for key, value in parts.items()}
                 seconds = time.perf_counter() - mark
                 run.metrics(
-                    step=done, tokens=done * tokens_per_step, loss=round(loss.item(), 5), **shown, lr=optimizer.param_groups[0]["lr"],
-                    grad_norm=round(float(norm), 4), tokens_per_s=round((done - mark_step) * tokens_per_step / seconds, 1),
-                )  # fmt: skip
+                    step=done,
+                    tokens=done * tokens_per_step,
+                    loss=round(loss.item(), 5),
+                    **shown,
+                    lr=optimizer.param_groups[0]["lr"],
+                    grad_norm=round(float(norm), 4),
+                    tokens_per_s=round((done - mark_step) * tokens_per_step / seconds, 1),
+                )
                 bar.set_postfix_str(", ".join(f"{key} {value:.3f}" for key, value in shown.items()), refresh=False)
                 mark, mark_step = time.perf_counter(), done
             if cfg.eval_every and done % cfg.eval_every == 0 and done < total:

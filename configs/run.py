@@ -183,7 +183,9 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own: a damaged file can end in almost any
         reason = type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again") from None
+        raise UserError(
+            f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this project: expected format {FORMAT!r}")
     if content.get("kind") != kind:
@@ -198,7 +200,9 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], path: s
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"checkpoint {path}: its weights do not fit its config ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def check_fingerprint(ours: str, theirs: str, what: str, other: str) -> None:

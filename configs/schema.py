@@ -94,7 +94,9 @@ class StudentTrainConfig(LMTrainConfig):
     """`student/train_student.py`."""
 
     ae_ckpt: str = opt("checkpoints/ae.pt", "the trained autoencoder")
-    k: int | None = opt(None, "tokens a chunk; unset: the AE's (must agree when given)")
+    k: int | None = opt(  # type: ignore[assignment]
+        None, "tokens a chunk; unset: the AE's (must agree when given)"
+    )
     latent_dim: int | None = opt(None, "D; unset: the AE's (must agree when given)")
     ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional")
     mse_w: float = opt(0.0, "weight of the squared error between predicted and true next latent")
@@ -182,7 +184,9 @@ def parse_config(cls: type[C], description: str | None, argv: Sequence[str] | No
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         base, _ = _base_type(hints[f.name])
         shown = "auto/unset" if f.default is None else f.default
-        extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if base is bool else {"metavar": base.__name__.upper()}
+        extra: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if base is bool else {"metavar": base.__name__.upper()}
+        )
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{shown}]", **extra)
     flags = vars(parser.parse_args(argv))
     config_path, sets = flags.pop("config"), flags.pop("set")

@@ -113,7 +113,10 @@ def mean_nll(model: Any, data: PackedData, setup: loop.Setup, limit: int, batch_
             nlls.append(model.nll(tokens.to(setup.device), model.cfg.k).float().mean(1).cpu())
     model.train()
     if not nlls:
-        raise UserError(f"{data.folder} holds {data.n_tokens} tokens, less than one window of {model.cfg.context}; raise --val_split or lower --seq_len")
+        raise UserError(
+            f"{data.folder} holds {data.n_tokens} tokens, less than one window of {model.cfg.context}; "
+            "raise --val_split or lower --seq_len"
+        )
     return {"nats_per_token": torch.cat(nlls).mean().item()}
 
 
@@ -131,7 +134,11 @@ def main() -> None:
         return ce, {"ce": ce.detach()}
 
     compiled = torch.compile(loss) if setup.compile else loss
-    content = {"config": as_dict(model.cfg), "tokenizer": tokenizer_record(train, cfg.checkpoint_dir), "train_config": as_dict(cfg)}
+    content = {
+        "config": as_dict(model.cfg),
+        "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_config": as_dict(cfg),
+    }
     figures = loop.fit(
         "token_model", model, cfg, setup, total, cfg.batch_size * model.cfg.context,
         lambda step: compiled(windows.batch(step).to(setup.device)),

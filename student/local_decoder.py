@@ -8,6 +8,7 @@ Legend: `B` batch, `T` tokens, `E` width, `A` heads, `W` window, `N` blocks of W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
     Done in blocks of `window` positions, each against itself and the block before: O(T * window), not O(T^2).
     first: (B,), positions before it are hidden (rows that begin later than position 0).
     """
-    batch, heads, length, dim = q.shape
+    batch, length = q.shape[0], q.shape[2]
     blocks = -(-length // window)
     pad = (0, 0, 0, blocks * window - length)
 
@@ -107,7 +108,7 @@ class LocalDecoder(nn.Module):
         self.window = window
         self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.enter = nn.Linear(2 * dim, dim, bias=False)
-        self.layers = nn.ModuleList(LocalLayer(dim, window) for _ in range(layers))
+        self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window) for _ in range(layers))  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.exit = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.exit.weight)

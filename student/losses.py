@@ -15,7 +15,14 @@ from student.student_model import Student
 
 
 def student_loss(
-    model: Student, frozen: Autoencoder | None, tokens: Tensor, pads: Tensor, *, ce_w: float, mse_w: float = 0.0, base_w: float = 0.0
+    model: Student,
+    frozen: Autoencoder | None,
+    tokens: Tensor,
+    pads: Tensor,
+    *,
+    ce_w: float,
+    mse_w: float = 0.0,
+    base_w: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """tokens (B, T) of which the first pads[b] of a row are padding -> total loss and parts, nats (mse: per dimension).
 

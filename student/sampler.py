@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ae.tokenizer_adapter import TokenizerAdapter, Utf8Stream
 from ae.ae_model import load_ae
+from ae.tokenizer_adapter import TokenizerAdapter, Utf8Stream
 from configs.errors import UserError
 from configs.run import check_fingerprint
 from student.energy import NOISE_DIM, EnergyHead
@@ -149,13 +149,13 @@ class Sampler:
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raise UserError unless a prompt and its continuation fit."""
-        k, context = self.cfg.k, self.cfg.context
         if not prompt:
             raise UserError("the prompt is empty: give at least one token of text to go on from")
         if (room := self.room(max_new_tokens)) < len(prompt):
             raise UserError(
-                f"the prompt has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, but the model's context is {context} tokens "
-                f"(room for a prompt of {room}, counted in chunks of {k}); nothing was generated. Shorten one of them, or keep the prompt's end only"
+                f"the prompt has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, but the model's context is "
+                f"{self.cfg.context} tokens (room for a prompt of {room}, counted in chunks of {self.cfg.k}); nothing was "
+                "generated. Shorten one of them, or keep the prompt's end only (infer.py --truncate_prompt)"
             )
 
     def room(self, max_new_tokens: int) -> int:
@@ -182,7 +182,8 @@ class Sampler:
             raise UserError(f"the energy head has no likelihood to sharpen: expected temperature 1, got {params.temperature}")
         state = self._prefill(prompts)
         rows = [
-            _Row(i, torch.Generator().manual_seed(params.seed + i), _Text(self.tokenizer, params.stop)) for i in range(len(prompts))
+            _Row(i, torch.Generator().manual_seed(params.seed + i), _Text(self.tokenizer, params.stop))
+            for i in range(len(prompts))
         ]
         while rows:
             tokens = self._write_chunk(state, rows, params)  # (B, K)
@@ -207,7 +208,7 @@ class Sampler:
         if ended is not None and not params.ignore_eot:
             ids, reason = ids[:ended], "stop"
         left = params.max_new_tokens - row.tokens
-        if len(ids) >= left and reason is None or len(ids) > left:
+        if (len(ids) >= left and reason is None) or len(ids) > left:
             ids, reason = ids[:left], "length"
         row.tokens += len(ids)
         text, stopped = row.text.push(ids, last=reason is not None)
@@ -218,7 +219,9 @@ class Sampler:
         model, k, device = self.model, self.cfg.k, self.model.table.device
         chunks = [-(-len(p) // k) for p in prompts]
         longest = max(chunks)
-        tokens = torch.tensor([[self.cfg.pad_id] * (longest * k - len(p)) + list(p) for p in prompts], device=device)  # (B, L*K)
+        tokens = torch.tensor(
+            [[self.cfg.pad_id] * (longest * k - len(p)) + list(p) for p in prompts], device=device
+        )  # (B, L*K)
         begin = torch.tensor([longest - n for n in chunks], device=device)  # (B,)
         at = torch.arange(longest + 1, device=device)
         mask, cache, h = (at >= begin[:, None]), DynamicCache(), None  # (B, L+1)
@@ -227,11 +230,15 @@ class Sampler:
         else:
             x = model.backbone_input(tokens.unflatten(1, (-1, k)))  # (B, L, H)
             x = torch.cat([x[:, :1], x], dim=1)
-            x = torch.where((at == begin[:, None])[..., None], model.start.to(x.dtype), x)  # (B, L+1, H): [..., start, z0, z1, ...]
+            x = torch.where(
+                (at == begin[:, None])[..., None], model.start.to(x.dtype), x
+            )  # (B, L+1, H): [..., start, z0, z1, ...]
             positions = (at - begin[:, None]).clamp(min=0)
-            states = model.backbone(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            states = model.backbone(
+                inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
             h = states.last_hidden_state[:, -1]  # (B, H)
-            z_hat = None if model.local is None else model.exit(states.last_hidden_state[:, :-1])  # (B, L, D)
+            z_hat = model.exit(states.last_hidden_state[:, :-1])  # (B, L, D)
         local = None
         if model.local is not None:
             n = min(longest, -(-len(model.local.layers) * model.local.window // k))  # chunks that the window still depends on
@@ -246,7 +253,9 @@ class Sampler:
         if state.h is None:
             z_hat = model.table.new_zeros(len(rows), self.cfg.latent_dim)
         elif isinstance(model.exit, EnergyHead):
-            z_hat = model.exit(state.h, torch.stack([torch.rand(NOISE_DIM, generator=row.generator) for row in rows]).to(device))
+            z_hat = model.exit(
+                state.h, torch.stack([torch.rand(NOISE_DIM, generator=row.generator) for row in rows]).to(device)
+            )
         else:
             z_hat = model.exit(state.h)
         g = model.ae.decode(z_hat)  # (B, K, E)
@@ -270,7 +279,11 @@ class Sampler:
         x = self.model.backbone_input(tokens)[:, None]  # (B, 1, H)
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
         out = self.model.backbone(
-            inputs_embeds=x, attention_mask=state.mask, position_ids=state.position[:, None], past_key_values=state.cache, use_cache=True
+            inputs_embeds=x,
+            attention_mask=state.mask,
+            position_ids=state.position[:, None],
+            past_key_values=state.cache,
+            use_cache=True,
         )
         state.h, state.position = out.last_hidden_state[:, -1], state.position + 1
 
@@ -286,12 +299,15 @@ def load_sampler(student: str | Path, ae: str | Path | None = None, device: torc
         frozen, ae_content = load_ae(ae)
         check_fingerprint(ae_content["tokenizer"]["fingerprint"], content["tokenizer"]["fingerprint"], str(ae), str(student))
         if frozen.cfg != model.cfg.ae:
-            raise UserError(f"{ae} has another shape than the autoencoder that {student} was trained from: {frozen.cfg} against {model.cfg.ae}")
+            raise UserError(
+                f"{ae} has another shape than the autoencoder that {student} was trained from: "
+                f"{frozen.cfg} against {model.cfg.ae}"
+            )
     return Sampler(model.to(device), checkpoint_tokenizer(content["tokenizer"], student))
 
 
 def checkpoint_tokenizer(record: dict[str, str], checkpoint: str | Path) -> TokenizerAdapter:
-    """The tokenizer that a checkpoint names: beside it, or by the name it was loaded from. Raises UserError unless it is the same."""
+    """The tokenizer that a checkpoint names: beside it, or by the name it was loaded from. Raises UserError for another one."""
     beside = Path(checkpoint).parent / record["path"]
     tokenizer = TokenizerAdapter.load(beside if beside.exists() else record["path"])
     check_fingerprint(tokenizer.fingerprint, record["fingerprint"], f"the tokenizer {tokenizer.source}", str(checkpoint))

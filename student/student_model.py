@@ -76,8 +76,10 @@ class Student(nn.Module):
         self.enter_norm = nn.RMSNorm(cfg.hidden_dim, eps=1e-6)
         self.start = nn.Parameter(torch.randn(cfg.hidden_dim))  # the backbone's input before the first chunk
         self.backbone = Qwen3Model(cfg.qwen3(1, cfg.seq_len))
-        self.backbone.embed_tokens = None  # inputs come as vectors
-        self.exit = EnergyHead(cfg.hidden_dim, cfg.latent_dim) if cfg.head == "energy" else nn.Linear(cfg.hidden_dim, cfg.latent_dim)
+        self.backbone.embed_tokens = None  # type: ignore[assignment]  # inputs come as vectors
+        self.exit = (
+            EnergyHead(cfg.hidden_dim, cfg.latent_dim) if cfg.head == "energy" else nn.Linear(cfg.hidden_dim, cfg.latent_dim)
+        )
         if cfg.head == "energy":  # its samples are decoded by the autoencoder as it was trained
             self.ae.requires_grad_(False)
 
@@ -92,7 +94,11 @@ class Student(nn.Module):
 
     def backbone_states(self, tokens: Tensor) -> Tensor:
         """(B, T) -> h (B, L, H); row i has seen the chunks before i."""
-        x = self.backbone_input(tokens[:, : -self.cfg.k].unflatten(1, (-1, self.cfg.k))) if tokens.shape[1] > self.cfg.k else None
+        x = (
+            self.backbone_input(tokens[:, : -self.cfg.k].unflatten(1, (-1, self.cfg.k)))
+            if tokens.shape[1] > self.cfg.k
+            else None
+        )
         start = self.start.expand(len(tokens), 1, -1)
         x = start if x is None else torch.cat([start.to(x.dtype), x], dim=1)  # (B, L, H)
         return self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state

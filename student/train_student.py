@@ -42,7 +42,9 @@ def main() -> None:
     for name in ("k", "latent_dim"):
         asked, has = getattr(cfg, name), getattr(ae, name)
         if asked is not None and asked != has:
-            raise UserError(f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE")
+            raise UserError(
+                f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE"
+            )
     if cfg.head == "energy" and (cfg.base_w or cfg.mse_w):
         raise UserError("--head energy trains by the energy score alone; leave --base_w and --mse_w at 0")
     train, val = PackedData.pair(cfg.data)
@@ -51,8 +53,8 @@ def main() -> None:
     setup = loop.start("student", cfg)
     model = Student(
         StudentConfig(
-            **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
-            local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
+            **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim,
+            ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
             local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents,
         )
     )  # fmt: skip
@@ -87,7 +89,11 @@ def main() -> None:
         model.train()
         return {"energy": float(np.mean(energies))}
 
-    content = {"config": as_dict(model.cfg), "tokenizer": tokenizer_record(train, cfg.checkpoint_dir), "train_config": as_dict(cfg)}
+    content = {
+        "config": as_dict(model.cfg),
+        "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_config": as_dict(cfg),
+    }
     figures = loop.fit("student", model, cfg, setup, total, cfg.batch_size * model.cfg.context, loss_at, validate, content)
     print(json.dumps(figures))
 

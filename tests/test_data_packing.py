@@ -61,7 +61,7 @@ def documents(split: PackedData) -> list[str]:
     """The texts of a split, cut at docs.bin; each must end with one end-of-text."""
     tokenizer = TokenizerAdapter.load(split.tokenizer)
     ends = [*split.doc_starts[1:], split.n_tokens]
-    rows = [split.tokens[start:end].tolist() for start, end in zip(split.doc_starts, ends)]
+    rows = [split.tokens[start:end].tolist() for start, end in zip(split.doc_starts, ends, strict=True)]
     assert all(row[-1] == tokenizer.eot_id and tokenizer.eot_id not in row[:-1] for row in rows)
     return [tokenizer.decode(row) for row in rows]
 
@@ -354,7 +354,7 @@ def test_memory_does_not_grow_with_the_input(
 
 
 def test_throughput_against_the_bare_encoder(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
-    """A ratio within one run, best of three; the limit is loose, as the machine may be busy (it is 0.8 to 0.95 on the whole corpus)."""
+    """A ratio within one run, best of three; loose, as the machine may be busy (0.8 to 0.95 on the whole corpus)."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.parent.glob("a*.py"))]
     corpus = Corpus([str(write_jsonl(tmp_path / "a.jsonl", texts))])
     ours, bare = [], []

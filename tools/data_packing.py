@@ -296,9 +296,9 @@ def encode(batch: list[Item], tokenizer: TokenizerAdapter) -> list[Item]:
     """Fill in the ids. The bytes of a chat are those of its tokens, as the template adds to what its messages hold."""
     end = np.array([tokenizer.eot_id], dtype=np.int32)
     texts, chats = [item for item in batch if not item.chat], [item for item in batch if item.chat]
-    for item, ids in zip(texts, tokenizer.encode_batch([item.text for item in texts])):
+    for item, ids in zip(texts, tokenizer.encode_batch([item.text for item in texts]), strict=True):
         item.ids = np.concatenate([ids, end])
-    for item, ids in zip(chats, tokenizer.encode_rendered([item.text for item in chats])):
+    for item, ids in zip(chats, tokenizer.encode_rendered([item.text for item in chats]), strict=True):
         item.ids, item.n_bytes = np.concatenate([ids, end]), int(tokenizer.byte_lengths[ids].sum())
     return batch
 
@@ -405,8 +405,8 @@ def replace_folder(new: Path, output: Path) -> None:
 def load_tokenizer(name: str | None) -> TokenizerAdapter:
     if name is None and not Path(DEFAULT_TOKENIZER).exists():
         raise UserError(
-            f"no --tokenizer given, and there is none in {DEFAULT_TOKENIZER}; train one:\n"
-            f"  python tools/train_tokenizer.py --input FILES --output {DEFAULT_TOKENIZER} --vocab_size 4096"
+            f"no --tokenizer given, and there is none in {DEFAULT_TOKENIZER}; train one with "
+            f"`python tools/train_tokenizer.py --input FILES --output {DEFAULT_TOKENIZER} --vocab_size 4096`"
         )
     return TokenizerAdapter.load(name or DEFAULT_TOKENIZER)
 

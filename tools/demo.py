@@ -26,7 +26,7 @@ PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __i
 
 @dataclass
 class Stage:
-    """One command of the chain. `outputs` must exist afterwards; `state` is the training state it can resume from."""
+    """One command of the chain. `outputs` and `stdout` must exist afterwards; `state` is what a training can resume from."""
 
     name: str
     command: list[str]
@@ -48,43 +48,34 @@ def stages(root: Path, quick: bool) -> list[Stage]:
         command += ["--set", f"max_steps={steps}"] if quick else []
         return Stage(name, command, [checkpoint], [config], checkpoint.with_suffix(".state.pt"))
 
+    models = ["--ae", str(ae), "--student", str(student)]
+    both = [*models, "--baseline", str(token_model)]
+    train_tokenizer = ["tools/train_tokenizer.py", "--input", str(corpus), "--output", str(tokenizer), "--vocab_size", "4096"]
+    pack = ["tools/data_packing.py", "--input", str(corpus), "--output", str(packed), "--tokenizer", str(tokenizer)]
+    evaluate = ["tools/evaluate.py", *both, "--data", str(packed), "--output", str(root / "evaluate.json")]
+    bench = ["bench.py", *both, "--max_new_tokens", "128", "--output", str(root / "bench.json")]
     return [
         Stage("corpus", ["tools/get_corpus.py", "--output", str(corpus)], [corpus]),
-        Stage("tokenizer", ["tools/train_tokenizer.py", "--input", str(corpus), "--output", str(tokenizer), "--vocab_size", "4096"], [tokenizer]),
+        Stage("tokenizer", train_tokenizer, [tokenizer]),
         Stage(
-            "packing",
-            ["tools/data_packing.py", "--input", str(corpus), "--output", str(packed), "--tokenizer", str(tokenizer), "--seq_len", "512"],
-            [packed / "train" / "meta.json", packed / "val" / "meta.json"],
+            "packing", [*pack, "--seq_len", "512", "--k", "8"], [packed / "train" / "meta.json", packed / "val" / "meta.json"]
         ),
         train("autoencoder", "ae/train_ae.py", ae, 120),
         train("token model", "student/baseline.py", token_model, 40),
         train("student", "student/train_student.py", student, 40, "--ae_ckpt", str(ae)),
         *(
-            Stage(
-                f"sample {i}",
-                ["infer.py", "--ae", str(ae), "--student", str(student), "--prompt", prompt, "--echo"],
-                [root / f"sample_{i}.txt"],
-                stdout=root / f"sample_{i}.txt",
-            )
+            Stage(f"sample {i}", ["infer.py", *models, "--prompt", prompt, "--echo"], [], stdout=root / f"sample_{i}.txt")
             for i, prompt in enumerate(PROMPTS, 1)
         ),
         Stage(
             "evaluation",
-            ["tools/evaluate.py", "--ae", str(ae), "--student", str(student), "--baseline", str(token_model), "--data", str(packed)]
-            + ["--output", str(root / "evaluate.json")]
-            + (["--max_windows", "32"] if quick else []),
+            [*evaluate, *(["--max_windows", "32"] if quick else [])],
             [root / "evaluate.json"],
             stdout=root / "evaluate.txt",
         ),
-        Stage(
-            "benchmark",
-            ["bench.py", "--ae", str(ae), "--student", str(student), "--baseline", str(token_model), "--max_new_tokens", "128"]
-            + ["--output", str(root / "bench.json"), "--repeats", "1" if quick else "3"],
-            [root / "bench.json"],
-            stdout=root / "bench.txt",
-        ),
+        Stage("benchmark", [*bench, "--repeats", "1" if quick else "3"], [root / "bench.json"], stdout=root / "bench.txt"),
         Stage("report", ["tools/report.py", str(root)], [root / "report.md"]),
-    ]  # fmt: skip
+    ]
 
 
 def run_stage(stage: Stage, resume: bool) -> None:
@@ -100,7 +91,9 @@ def run_stage(stage: Stage, resume: bool) -> None:
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        raise UserError(f"the stage {stage.name!r} failed with exit code {code}: {' '.join(command[:8])} ...; its own message is above")
+        raise UserError(
+            f"the stage {stage.name!r} failed with exit code {code}: {' '.join(command[:8])} ...; its own message is above"
+        )
 
 
 def main() -> int:
@@ -119,7 +112,7 @@ def main() -> int:
         before = record.get(stage.name, {})
         same = before.get("key") == key
         title = f"[{number:2}/{len(chain)}] {stage.name}"
-        if same and before.get("seconds") and all(path.exists() for path in stage.outputs):
+        if same and before.get("seconds") and all(path.exists() for path in [*stage.outputs, stage.stdout or root]):
             print(f"{title}: done before, in {before['seconds']:.0f} s", file=sys.stderr)
             continue
         print(f"{title} ...", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Measure token-level model and student side by side on validation text.
 
-    python tools/evaluate.py --ae checkpoints/ae.pt --student checkpoints/student.pt --baseline checkpoints/token_model.pt --data data/packed
+    python tools/evaluate.py --ae checkpoints/ae.pt --student checkpoints/student.pt \\
+        --baseline checkpoints/token_model.pt --data data/packed
 
 Both models see the same windows and are scored on the same tokens: all but the first chunk of each window, which is
 context. Prints a table and, last, one JSON line.
@@ -91,7 +92,9 @@ class Measure:
 
 
 @torch.inference_mode()
-def evaluate(models: dict[str, TokenModel | Student], data: PackedData, byte_lengths: Tensor, limit: int | None, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    models: dict[str, TokenModel | Student], data: PackedData, byte_lengths: Tensor, limit: int | None, device: torch.device
+) -> dict[str, Any]:
     """Figures of each model over the split's windows (or the first `limit`)."""
     context = next(iter(models.values())).cfg.context
     n = min(limit or data.windows(context), data.windows(context))
@@ -100,14 +103,16 @@ def evaluate(models: dict[str, TokenModel | Student], data: PackedData, byte_len
     windows = torch.from_numpy(data.tokens[: n * context].reshape(n, context).astype(np.int64))
     byte_lengths, half = byte_lengths.to(device), n // 2  # the latents of window i + n/2: another document's
     measures = {name: Measure(model, byte_lengths, 64) for name, model in models.items()}
-    for name, measure in measures.items():
+    for measure in measures.values():
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         for i in range(0, n, BATCH):
             index = torch.arange(i, min(i + BATCH, n))
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
                 measure.add(windows[index].to(device), windows[(index + half) % n].to(device), rng)
-    return {name: {**measure.figures(), "windows": n, "tokens": n * (context - measure.k)} for name, measure in measures.items()}
+    return {
+        name: {**measure.figures(), "windows": n, "tokens": n * (context - measure.k)} for name, measure in measures.items()
+    }
 
 
 @torch.inference_mode()
@@ -128,18 +133,26 @@ def table(result: dict[str, Any]) -> str:
     """The figures for people."""
     names = [name for name in ("token_model", "student") if name in result]
     rows = [
-        ("bits per byte", "bits_per_byte", ".4f"), ("NLL, nats/token", "nats_per_token", ".4f"), ("next-token accuracy", "accuracy", ".2%"),
-        ("BrierLM (from chunk start)", "brier_lm", ".3f"), ("BrierLM (all positions)", "brier_lm_all", ".3f"),
+        ("bits per byte", "bits_per_byte", ".4f"),
+        ("NLL, nats/token", "nats_per_token", ".4f"),
+        ("next-token accuracy", "accuracy", ".2%"),
+        ("BrierLM (from chunk start)", "brier_lm", ".3f"),
+        ("BrierLM (all positions)", "brier_lm_all", ".3f"),
         ("cost of another document's latents, nats", "latent_swap_cost", ".4f"),
-    ]  # fmt: skip
+    ]
     lines = [f"{'':42}" + "".join(f"{name:>14}" for name in names)]
     for title, key, style in rows:
         values = [result[name].get(key) for name in names]
         lines.append(f"{title:42}" + "".join(f"{'-' if v is None else format(v, style):>14}" for v in values))
-    for title, key, style in (("NLL at in-chunk position", "nll_by_position", ".3f"), ("accuracy at in-chunk position", "accuracy_by_position", ".1%")):
+    for title, key, style in (
+        ("NLL at in-chunk position", "nll_by_position", ".3f"),
+        ("accuracy at in-chunk position", "accuracy_by_position", ".1%"),
+    ):
         for i in range(len(next((result[n][key] for n in names if result[n].get(key)), []))):
             values = [result[name].get(key) for name in names]
-            lines.append(f"{f'{title} {i + 1}':42}" + "".join(f"{'-' if v is None else format(v[i], style):>14}" for v in values))
+            lines.append(
+                f"{f'{title} {i + 1}':42}" + "".join(f"{'-' if v is None else format(v[i], style):>14}" for v in values)
+            )
     if "ae" in result:
         ae = result["ae"]
         lines.append(
@@ -167,20 +180,25 @@ def main() -> None:
     device = pick_device(args.device)
     data = PackedData(f"{args.data}/val")
     loaded: dict[str, Any] = {}
-    for name, path, load in (("ae", args.ae, load_ae), ("token_model", args.baseline, load_token_model), ("student", args.student, load_student)):
+    for name, path, load in (
+        ("ae", args.ae, load_ae),
+        ("token_model", args.baseline, load_token_model),
+        ("student", args.student, load_student),
+    ):
         if path:
             model, content = load(path)
             check_fingerprint(content["tokenizer"]["fingerprint"], data.fingerprint, path, args.data)
             loaded[name] = model.to(device)
-    models = {name: loaded[name] for name in ("token_model", "student") if name in loaded}
+    models: dict[str, TokenModel | Student] = {name: loaded[name] for name in ("token_model", "student") if name in loaded}
     if len({(model.cfg.context, model.cfg.k) for model in models.values()}) > 1:
         told = ", ".join(f"{name} {m.cfg.context} tokens in chunks of {m.cfg.k}" for name, m in models.items())
         raise UserError(f"the models were trained on different windows ({told}) and cannot be compared")
     result: dict[str, Any] = {}
     if "ae" in loaded:
         result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device))
-    if "student" in models and models["student"].cfg.head == "energy":
-        result["student"] = evaluate_energy(models.pop("student"), data, args.max_windows, device)
+    if "student" in models and loaded["student"].cfg.head == "energy":
+        del models["student"]
+        result["student"] = evaluate_energy(loaded["student"], data, args.max_windows, device)
     if models:
         lengths = torch.from_numpy(TokenizerAdapter.load(data.tokenizer).byte_lengths)
         result |= evaluate(models, data, lengths, args.max_windows, device)

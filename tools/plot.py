@@ -1,6 +1,6 @@
 """Draw training runs: loss against training tokens and against time.
 
-    python tools/plot.py runs/token_model runs/student --output loss.png
+python tools/plot.py runs/token_model runs/student --output loss.png
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from configs.errors import UserError, run_cli  # noqa: E402
+from configs.errors import UserError, run_cli
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

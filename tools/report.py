@@ -1,6 +1,6 @@
 """Write the report of a demo run from what its stages left: report.md, loss.png, nll_by_position.png.
 
-    python tools/report.py runs/demo
+python tools/report.py runs/demo
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from configs.errors import UserError, run_cli
 from tools.plot import loss_curves, nll_by_position, read_metrics
+
+MODELS = ("token_model", "student")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -25,24 +27,29 @@ def report(root: Path) -> str:
     """The report as Markdown; draws its two plots into `root`."""
     figures, bench, times = _read(root / "evaluate.json"), _read(root / "bench.json"), _read(root / "stages.json")
     token_model, student, ae, where = figures["token_model"], figures["student"], figures["ae"], bench["environment"]
-    loss_curves({name: root / name for name in ("token_model", "student")}, root / "loss.png")
-    nll_by_position({name: figures[name]["nll_by_position"] for name in ("token_model", "student")}, root / "nll_by_position.png")
-    trained = {name: next(m for m in reversed(read_metrics(root / name)) if m.get("final")) for name in ("ae", "token_model", "student")}
+    loss_curves({name: root / name for name in MODELS}, root / "loss.png")
+    nll_by_position({name: figures[name]["nll_by_position"] for name in MODELS}, root / "nll_by_position.png")
+    trained = {
+        name: next(m for m in reversed(read_metrics(root / name)) if m.get("final"))
+        for name in ("ae", "token_model", "student")
+    }
     k = len(student["nll_by_position"])
     rows = [
-        ("training tokens", *(f"{trained[n]['tokens']:,}" for n in ("token_model", "student"))),
+        ("training tokens", *(f"{trained[n]['tokens']:,}" for n in MODELS)),
         ("training time, s (validation included)", *(f"{times[n]['seconds']:.0f}" for n in ("token model", "student"))),
         *(
             (title, format(token_model[key], style), format(student[key], style))
             for title, key, style in (
-                ("bits per byte", "bits_per_byte", ".4f"), ("NLL, nats per token", "nats_per_token", ".4f"),
-                ("BrierLM, n-grams from the chunk start", "brier_lm", ".3f"), ("BrierLM, n-grams from all positions", "brier_lm_all", ".3f"),
+                ("bits per byte", "bits_per_byte", ".4f"),
+                ("NLL, nats per token", "nats_per_token", ".4f"),
+                ("BrierLM, n-grams from the chunk start", "brier_lm", ".3f"),
+                ("BrierLM, n-grams from all positions", "brier_lm_all", ".3f"),
             )
         ),
         ("cost of another document's latents, nats per token", "-", f"{student['latent_swap_cost']:.4f}"),
-        (f"backbone steps for {bench['student']['tokens']} new tokens", *(str(bench[n]["backbone_steps"]) for n in ("token_model", "student"))),
-        ("tokens a second, batch 1, eager", *(f"{bench[n]['tokens_per_s']:.0f}" for n in ("token_model", "student"))),
-    ]  # fmt: skip
+        (f"backbone steps for {bench['student']['tokens']} new tokens", *(str(bench[n]["backbone_steps"]) for n in MODELS)),
+        ("tokens a second, batch 1, eager", *(f"{bench[n]['tokens_per_s']:.0f}" for n in MODELS)),
+    ]
     samples = [path.read_text(encoding="utf-8").rstrip() for path in sorted(root.glob("sample_*.txt"))]
     total = sum(stage["seconds"] for stage in times.values() if "seconds" in stage)
     lines = [
@@ -58,9 +65,10 @@ def report(root: Path) -> str:
         "|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        f"At equal training tokens the student's bits per byte are {student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the "
-        f"token-level model's, its BrierLM {student['brier_lm'] / token_model['brier_lm']:.0%} of it. If the cost of another document's latents is "
-        "small, the local decoder does most of the work: judge the student by that figure too.",
+        f"At equal training tokens the student's bits per byte are "
+        f"{student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the token-level model's, its BrierLM "
+        f"{student['brier_lm'] / token_model['brier_lm']:.0%} of it. If the cost of another document's latents is small, the "
+        "local decoder does most of the work: judge the student by that figure too.",
         "",
         "![training loss](loss.png)",
         "![NLL by position in the chunk](nll_by_position.png)",

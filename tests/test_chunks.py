@@ -1,0 +1,107 @@
+"""Packed data is refused when it is not whole; windows cover an epoch once and depend on (seed, step) alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ae.chunks import PackedData, PackedWriter, TrainWindows, tokenizer_record
+from configs.errors import UserError
+
+META = {"tokenizer_fingerprint": "f" * 32, "tokenizer": "../tokenizer", "vocab_size": 100}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> PackedData:
+    writer = PackedWriter(tmp_path / "train", 100)
+    for n in range(1, 14):  # 91 tokens, 0..90
+        writer.add(np.arange(writer.n_tokens, writer.n_tokens + n))
+    writer.close(**META)
+    return PackedData(tmp_path / "train")
+
+
+def test_round_trip(data: PackedData) -> None:
+    assert data.tokens.tolist() == list(range(91))
+    assert data.doc_starts.tolist() == [n * (n + 1) // 2 for n in range(13)]
+    assert (data.n_docs, data.tokens.dtype, data.windows(10)) == (13, np.uint16, 9)
+    batches = list(data.batches(10, 4))
+    assert [len(b) for b in batches] == [4, 4, 1]
+    assert torch.cat(batches).flatten().tolist() == list(range(90))
+    assert torch.cat(list(data.batches(10, 4, limit=5))).flatten().tolist() == list(range(50))
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    writer = PackedWriter(tmp_path, 151_936)
+    writer.add(np.array([151_643, 65_536]))
+    writer.close(**META)
+    assert PackedData(tmp_path).tokens.tolist() == [151_643, 65_536]
+
+
+def test_an_epoch_has_every_window_once(data: PackedData) -> None:
+    windows = TrainWindows(data, 8, 2, seed=3)
+    assert (windows.per_epoch, windows.steps_per_epoch) == (10, 5)
+    for epoch in range(3):
+        rows = torch.cat([windows.batch(epoch * 5 + i) for i in range(5)])
+        assert (rows[:, 1:] == rows[:, :1] + torch.arange(1, 8)).all()  # whole runs of tokens
+        starts = sorted(rows[:, 0].tolist())
+        assert [s - starts[0] for s in starts] == [8 * i for i in range(10)]  # side by side, at a random phase
+
+
+def test_a_batch_depends_on_seed_and_step_alone(data: PackedData) -> None:
+    batches = [TrainWindows(data, 8, 3, seed=1).batch(step) for step in (7, 2, 7)]
+    fresh = TrainWindows(data, 8, 3, seed=1)
+    for step, batch in zip((7, 2, 7), batches, strict=True):
+        assert torch.equal(fresh.batch(step), batch)
+    assert not torch.equal(TrainWindows(data, 8, 3, seed=2).batch(7), batches[0])
+
+
+def damage(folder: Path, what: str) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    if what == "no meta":
+        (folder / "meta.json").unlink()
+    elif what == "not json":
+        (folder / "meta.json").write_text("{")
+    elif what == "short":
+        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
+    elif what == "no docs":
+        (folder / "docs.bin").unlink()
+    else:
+        (folder / "meta.json").write_text(json.dumps({**meta, **json.loads(what)}))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no meta", "meta.json is missing"),
+        ("not json", "cannot be read"),
+        ("short", "has 181 bytes, expected 182"),
+        ("no docs", "is missing, expected 104"),
+        ('{"format": "x"}', "not packed data of this project"),
+        ('{"version": 99}', "format version 99"),
+        ('{"dtype": "float64"}', "missing or wrong field"),
+        ('{"n_tokens": "many"}', "missing or wrong field"),
+    ],
+)
+def test_damaged_data_is_refused(data: PackedData, what: str, message: str) -> None:
+    damage(data.folder, what)
+    with pytest.raises(UserError, match=message):
+        PackedData(data.folder)
+
+
+def test_too_few_tokens(data: PackedData) -> None:
+    with pytest.raises(UserError, match="too few for windows of 64"):
+        TrainWindows(data, 64, 1, 0)
+
+
+def test_the_tokenizer_travels_with_the_checkpoint(data: PackedData, tmp_path: Path) -> None:
+    assert tokenizer_record(data, tmp_path / "ck") == {"fingerprint": "f" * 32, "path": "../tokenizer"}  # a name, no folder
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    record = tokenizer_record(PackedData(data.folder), tmp_path / "ck")
+    shutil.rmtree(tmp_path / "tokenizer")
+    assert (tmp_path / "ck" / record["path"] / "tokenizer.json").read_text() == "{}"

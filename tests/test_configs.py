@@ -1,0 +1,99 @@
+"""Defaults < YAML < --set < flags; an unknown key names the nearest one; every shipped YAML loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.loop import learning_rate
+from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def class_of(path: Path) -> type[TrainConfig]:
+    return AETrainConfig if "ae" in path.stem.split("_") else StudentTrainConfig if "student" in path.stem else LMTrainConfig
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load(path: Path) -> None:
+    assert isinstance(config_from(class_of(path), read_yaml(path), str(path)), TrainConfig)
+
+
+@pytest.mark.parametrize("kind", ["demo", ""])
+def test_token_model_and_student_share_the_backbone(kind: str) -> None:
+    names = ("token_model", "student")
+    shared = (
+        "hidden_dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_dim",
+        "seq_len",
+        "batch_size",
+        "max_steps",
+        "epochs",
+    )
+    files = [f"demo_{n}.yaml" if kind else f"{n}_default.yaml" for n in names]
+    one, two = (config_from(class_of(Path(f)), read_yaml(CONFIGS[0].parent / f), f) for f in files)
+    assert {key: getattr(one, key) for key in shared} == {key: getattr(two, key) for key in shared}
+
+
+def test_the_cards_defaults() -> None:
+    ae, student = AETrainConfig(), StudentTrainConfig()
+    assert (ae.k, ae.latent_dim, ae.embed_dim, ae.num_layers) == (8, 1024, 768, 4)
+    assert (student.hidden_dim, student.num_layers, student.seq_len) == (2048, 12, 64)
+
+
+def test_precedence(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 3e-4\nk: 2\nseed: 5\nbf16: auto\ncompile: true\nmax_steps: 7\n")
+    cfg = parse_config(
+        AETrainConfig, None, ["--config", str(path), "--set", "k=4", "--set", "seed=6", "--seed", "9", "--no-compile"]
+    )
+    assert (cfg.lr, cfg.k, cfg.seed, cfg.bf16, cfg.compile, cfg.max_steps, cfg.embed_dim) == (3e-4, 4, 9, None, False, 7, 768)
+    assert parse_config(AETrainConfig, None, ["--bf16"]).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("laten_dim: 3", "did you mean 'latent_dim'"),
+        ("k: many", "k: expected int, got 'many'"),
+        ("k: 2.5", "k: expected int, got 2.5"),
+        ("lr: [1]", "lr: expected float"),
+        ("resume: maybe", "resume: expected bool"),
+        ("- 1", "expected `key: value` lines"),
+        ("a: b: c", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml") as error:
+        parse_config(AETrainConfig, None, ["--config", str(path)])
+    assert message in str(error.value)
+
+
+def test_bad_flags() -> None:
+    for argv, message in (
+        (["--set", "k"], "KEY=VALUE"),
+        (["--set", "kk=3"], "did you mean 'k'"),
+        (["--config", "/nowhere.yaml"], "cannot read config /nowhere.yaml"),
+        (["--head", "tail"], "expected one of direct, energy"),
+    ):
+        with pytest.raises(UserError, match="") as error:
+            parse_config(StudentTrainConfig, None, argv)
+        assert message in str(error.value)
+
+
+def test_learning_rate() -> None:
+    cfg = TrainConfig(lr=1.0, warmup_steps=4, lr_decay=0.5)
+    rates = [learning_rate(step, 20, cfg) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:11] == [1.0] * 7
+    assert rates[11:] == pytest.approx([0.9 - 0.1 * i for i in range(9)])
+    cfg.lr_decay = 0.0  # independent of the total, so that a run can be prolonged
+    assert [learning_rate(s, 5, cfg) for s in range(5)] == [learning_rate(s, 500, cfg) for s in range(5)]

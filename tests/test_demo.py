@@ -1,0 +1,80 @@
+"""The demo's bookkeeping: finished stages are not repeated, changed ones are, interrupted trainings resume.
+
+The chain itself is run by .ci/run (`make demo QUICK=1`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+from tools import demo
+from tools.demo import Stage
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """The stages that were run, and whether they were resumed; nothing is really run."""
+    calls: list[tuple[str, bool]] = []
+
+    def fake(stage: Stage, resume: bool) -> None:
+        calls.append((stage.name, resume))
+        for path in filter(None, [*stage.outputs, stage.state, stage.stdout]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("x")
+        if (tmp_path / f"interrupt {stage.name}").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_stage", fake)
+    return calls
+
+
+def names(root: Path) -> list[str]:
+    return [stage.name for stage in demo.stages(root, True)]
+
+
+def test_a_finished_stage_is_not_repeated(tmp_path: Path, ran: list[tuple[str, bool]]) -> None:
+    root = tmp_path / "run"
+    assert run_script(demo, "--quick", "--output", root) == 0
+    assert ran == [(name, False) for name in names(root)]
+    ran.clear()
+    assert run_script(demo, "--quick", "--output", root) == 0
+    assert ran == []
+    (root / "checkpoints/student.pt").unlink()
+    assert run_script(demo, "--quick", "--output", root) == 0
+    assert [name for name, _ in ran] == ["student"]
+
+
+def test_another_command_runs_it_and_what_follows_again(tmp_path: Path, ran: list[tuple[str, bool]]) -> None:
+    root = tmp_path / "run"
+    run_script(demo, "--quick", "--output", root)
+    ran.clear()
+    run_script(demo, "--output", root)  # the full demo: other steps from the autoencoder on
+    all_names = names(root)
+    assert ran == [(name, False) for name in all_names[all_names.index("autoencoder") :]]
+
+
+def test_an_interrupted_training_resumes(
+    tmp_path: Path, ran: list[tuple[str, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    (tmp_path / "interrupt token model").touch()
+    assert run_script(demo, "--quick", "--output", root) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    (tmp_path / "interrupt token model").unlink()
+    ran.clear()
+    assert run_script(demo, "--quick", "--output", root) == 0
+    all_names = names(root)
+    expected = all_names[all_names.index("token model") :]
+    assert ran == [(name, name == "token model") for name in expected]
+    record = json.loads((root / "stages.json").read_text())
+    assert all("seconds" in record[name] for name in all_names)
+
+
+def test_a_failed_stage_ends_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stage("broken", ["-c", "raise SystemExit(3)"], [])
+    with pytest.raises(ValueError, match="'broken' failed with exit code 3"):
+        demo.run_stage(stage, False)

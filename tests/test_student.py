@@ -1,0 +1,177 @@
+"""The student's likelihood is exact: causal, normalised by enumeration; its losses against slow ones; its controls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_ae, make_student, make_token_model, student_config
+
+from configs.errors import UserError
+from student.energy import EnergyHead, energy_loss
+from student.losses import student_energy_loss, student_loss
+from student.student_model import Student
+from student.train_student import pad_left
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"latents": "none"},
+    {"local_decoder": "none"},
+    {"k": 1},
+    {"k": 8, "local_layers": 1, "local_window": 3},
+]
+KINDS = ["ours", "no latents", "independent positions", "k 1", "k 8"]
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=KINDS)
+def test_no_position_sees_itself_or_a_later_token(change: dict[str, Any]) -> None:
+    model = make_student(**change)
+    tokens = torch.randint(2, 320, (1, 24))
+    states = model.hidden(tokens)
+    for t in range(24):
+        other = tokens.clone()
+        other[0, t] = (other[0, t] + 7) % 320
+        moved = (model.hidden(other) - states).abs().amax(-1)[0]
+        assert (moved[: t + 1] < 1e-5).all(), f"token {t} is seen at position {int((moved > 1e-5).nonzero()[0])}"
+        next_chunk = (t // model.cfg.k + 1) * model.cfg.k
+        if not change.get("latents") and next_chunk < 24:  # and everything after its chunk does see it
+            assert (moved[next_chunk:] > 0).all()
+        if model.local is not None and t < 23:  # the next token always does
+            assert moved[t + 1] > 1e-5
+
+
+def test_token_model_is_causal_too() -> None:
+    model = make_token_model()
+    tokens = torch.randint(320, (1, 12))
+    states = model.hidden(tokens)
+    for t in range(12):
+        other = tokens.clone()
+        other[0, t] = (other[0, t] + 7) % 320
+        moved = (model.hidden(other) - states).abs().amax(-1)[0]
+        assert (moved[: t + 1] < 1e-4).all() and (moved[t + 1 :] > 0).all()
+
+
+@pytest.mark.parametrize("change", [{}, {"latents": "none"}, {"local_decoder": "none"}], ids=KINDS[:3])
+def test_probabilities_of_all_continuations_sum_to_one(change: dict[str, Any]) -> None:
+    """V = 3, K = 2: all 3^5 texts of five tokens after one token of context, across three chunks."""
+    model = make_student(vocab_size=3, k=2, pad_id=0, **change)
+    texts = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=5)])
+    probabilities = (-model.nll(texts, first=1).double().sum(1)).exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    assert probabilities.std() > 1e-4  # and they are not all alike
+
+
+def test_it_starts_as_the_autoencoders_own_decoder() -> None:
+    model = Student(student_config()).eval()
+    tokens = torch.randint(320, (2, 16))
+    states, g = model.token_states(tokens, model.predict_latents(tokens))
+    assert torch.equal(states, g)
+
+
+def test_it_owns_one_table_of_the_vocabularys_size() -> None:
+    model = make_student(vocab_size=997)
+    assert [name for name, p in model.named_parameters() if 997 in p.shape] == ["ae.embedding.weight"]
+
+
+def test_latents_of_another_text() -> None:
+    model = make_student()
+    tokens, others = torch.randint(2, 320, (2, 2, 16))
+    assert torch.equal(model.nll(tokens, latents_of=tokens), model.nll(tokens))
+    assert not torch.allclose(model.nll(tokens, latents_of=others)[:, 4:], model.nll(tokens)[:, 4:])
+    off = make_student(latents="none")
+    assert torch.equal(off.nll(tokens, latents_of=others), off.nll(tokens))
+
+
+def test_losses_against_slow_ones() -> None:
+    model = make_student()
+    frozen = make_ae(vocab_size=320, latent_dim=8, embed_dim=16)
+    tokens, pads = torch.randint(2, 320, (3, 16)), torch.tensor([0, 3, 1])
+    total, parts = student_loss(model, frozen, tokens, pads, ce_w=2.0, mse_w=0.5, base_w=0.25)
+    z_hat = model.predict_latents(tokens)
+    states, g = model.token_states(tokens, z_hat)
+    ce, base, mse = [], [], []
+    for b in range(3):
+        for t in range(int(pads[b]), 16):
+            ce.append(F.cross_entropy(states[b, t] @ model.table.T, tokens[b, t]))
+            base.append(F.cross_entropy(g[b, t] @ model.table.T, tokens[b, t]))
+        for i in range(4):
+            if i > 0 or pads[b] == 0:  # a chunk with pads in it has no latent worth matching
+                mse.append((z_hat[b, i] - frozen.encode(tokens[b, 4 * i : 4 * i + 4])[0]).square().mean())
+    expected = {"ce": ce, "base": base, "mse": mse}
+    for name, values in expected.items():
+        assert parts[name].item() == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+    assert total.item() == pytest.approx(
+        2 * parts["ce"].item() + 0.5 * parts["mse"].item() + 0.25 * parts["base"].item(), rel=1e-6
+    )
+    assert set(student_loss(model, None, tokens, pads, ce_w=1.0)[1]) == {"ce"}
+
+
+def test_pad_left() -> None:
+    tokens = torch.arange(100, 164).view(4, 16)
+    out, pads = pad_left(tokens, 4, 1, 1.0, seed=0, step=5)
+    assert ((pads >= 1) & (pads <= 3)).all()
+    for row, p, before in zip(out.tolist(), pads.tolist(), tokens.tolist(), strict=True):
+        assert row == [1] * p + before[: 16 - p]
+    assert torch.equal(pad_left(tokens, 4, 1, 0.0, 0, 5)[0], tokens)
+    assert torch.equal(pad_left(tokens, 1, 1, 1.0, 0, 5)[0], tokens)  # K = 1 needs no pads
+    shares = [(pad_left(tokens, 4, 1, 0.25, 0, step)[1] > 0).float().mean().item() for step in range(500)]
+    assert sum(shares) / 500 == pytest.approx(0.25, abs=0.04)  # 2,000 draws: 4 standard deviations
+
+
+def test_energy_loss_against_loops() -> None:
+    samples, targets = torch.randn(4, 3, 5), torch.randn(7, 3, 5)
+    loss = energy_loss(samples, targets)
+    for row in range(3):
+        fit = sum(math.dist(z[row].tolist(), y[row].tolist()) for z in samples for y in targets) / 28
+        pairs = [
+            math.dist(a[row].tolist(), b[row].tolist()) for i, a in enumerate(samples) for j, b in enumerate(samples) if i != j
+        ]
+        assert loss[row].item() == pytest.approx(2 * fit - sum(pairs) / len(pairs), rel=1e-5)
+
+
+def test_energy_score_is_proper() -> None:
+    """In expectation it is smallest for samples of the target's own distribution (alpha = 1, Szekely 2003)."""
+    scores = []
+    for mean, std in ((0.0, 1.0), (0.0, 0.5), (0.0, 2.0), (0.7, 1.0)):
+        torch.manual_seed(0)
+        scores.append(energy_loss(mean + std * torch.randn(64, 200, 2), torch.randn(64, 200, 2)).mean().item())
+    assert min(scores) == scores[0]
+
+
+def test_the_energy_head_learns_and_leaves_the_autoencoder_alone() -> None:
+    model = Student(student_config(head="energy"))
+    assert isinstance(model.exit, EnergyHead)
+    frozen = make_ae(vocab_size=320, latent_dim=8, embed_dim=16)
+    before = {name: p.clone() for name, p in model.ae.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    tokens = torch.randint(320, (4, 32))
+    history = []
+    for _ in range(40):
+        loss, _ = student_energy_loss(model, frozen, tokens, torch.zeros(4, dtype=torch.long))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+    assert all(torch.equal(before[name], p) for name, p in model.ae.state_dict().items())
+    with pytest.raises(UserError, match="no likelihood"):
+        model.nll(tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_dim": 18, "num_heads": 4, "num_kv_heads": 4}, "multiple of 2 \\* num_heads"),
+        ({"num_heads": 2, "num_kv_heads": 3}, "multiple of num_kv_heads"),
+        ({"num_layers": 0}, "num_layers: expected at least 1"),
+        ({"latents": "none", "local_decoder": "none"}, "nothing to predict from"),
+        ({"latents": "none", "head": "energy"}, "needs the latents"),
+    ],
+)
+def test_impossible_shapes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        student_config(**change)
