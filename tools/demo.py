@@ -69,7 +69,7 @@ def stages(root: Path, quick: bool) -> list[Stage]:
         ),
         Stage(
             "evaluation",
-            [*evaluate, *(["--max_windows", "32"] if quick else [])],
+            [*evaluate, "--max_windows", "32" if quick else "448"],
             [root / "evaluate.json"],
             stdout=root / "evaluate.txt",
         ),

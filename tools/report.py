@@ -50,6 +50,9 @@ def report(root: Path) -> str:
         (f"backbone steps for {bench['student']['tokens']} new tokens", *(str(bench[n]["backbone_steps"]) for n in MODELS)),
         ("tokens a second, batch 1, eager", *(f"{bench[n]['tokens_per_s']:.0f}" for n in MODELS)),
     ]
+    brier = ""
+    if token_model["brier_lm"] > 0:  # a model of a few steps can be worse than never committing
+        brier = f", its BrierLM is {student['brier_lm'] / token_model['brier_lm']:.0%} of the other's"
     samples = [path.read_text(encoding="utf-8").rstrip() for path in sorted(root.glob("sample_*.txt"))]
     total = sum(stage["seconds"] for stage in times.values() if "seconds" in stage)
     lines = [
@@ -66,9 +69,9 @@ def report(root: Path) -> str:
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         f"At equal training tokens the student's bits per byte are "
-        f"{student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the token-level model's, its BrierLM "
-        f"{student['brier_lm'] / token_model['brier_lm']:.0%} of it. If the cost of another document's latents is small, the "
-        "local decoder does most of the work: judge the student by that figure too.",
+        f"{student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the token-level model's{brier}. The student "
+        f"starts from the autoencoder, which read {trained['ae']['tokens']:,} tokens before; the token-level model starts from "
+        "random weights. If the cost of another document's latents is small, the local decoder does most of the student's work.",
         "",
         "![training loss](loss.png)",
         "![NLL by position in the chunk](nll_by_position.png)",
