@@ -8,6 +8,9 @@ PY := $(VENV)/bin/python
 
 DATA ?= data/packed
 CKPT_DIR ?= checkpoints
+AE_CONFIG ?= configs/ae_default.yaml
+TOKEN_MODEL_CONFIG ?= configs/token_model_default.yaml
+STUDENT_CONFIG ?= configs/student_default.yaml
 AE_CKPT ?= $(CKPT_DIR)/ae.pt
 STUDENT_CKPT ?= $(CKPT_DIR)/student.pt
 PROMPT ?= import os
@@ -27,7 +30,8 @@ export PYTHONWARNINGS ?= ignore
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED RESUME QUICK ARGS"
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED"
+	@echo "             AE_CONFIG TOKEN_MODEL_CONFIG STUDENT_CONFIG RESUME=1 QUICK=1 ARGS (more flags)"
 
 setup: $(VENV)/installed ## make .venv with the pinned requirements
 
@@ -48,13 +52,13 @@ data: setup ## the default corpus: standard library -> tokenizer -> packed data 
 	$(PY) tools/data_packing.py --input data/corpus.jsonl --output "$(DATA)" --tokenizer data/tokenizer $(call flag,K,k)
 
 train-ae: setup ## train the autoencoder on DATA (K, D, EPOCHS, BATCH_SIZE)
-	$(PY) ae/train_ae.py --config configs/ae_default.yaml $(TRAIN_FLAGS) --checkpoint_dir "$(dir $(AE_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim)
+	$(PY) ae/train_ae.py --config "$(AE_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(dir $(AE_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim)
 
 train-token-model: setup ## train the token-level model of the student's backbone: the baseline
-	$(PY) student/baseline.py --config configs/token_model_default.yaml $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
+	$(PY) student/baseline.py --config "$(TOKEN_MODEL_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
 
 train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W)
-	$(PY) student/train_student.py --config configs/student_default.yaml $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
+	$(PY) student/train_student.py --config "$(STUDENT_CONFIG)" $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
 		--checkpoint_dir "$(dir $(STUDENT_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w)
 
 infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)

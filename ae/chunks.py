@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,6 @@ class TrainWindows:
                 f"{data.folder} holds {data.n_tokens} tokens: too few for windows of {window}; "
                 "bring more text or lower --seq_len"
             )
-        self._epoch = -1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -164,13 +164,34 @@ class TrainWindows:
 
     def _start(self, item: int) -> int:
         epoch, index = divmod(item, self.per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._phase, self._order, self._epoch = int(rng.integers(self.window)), rng.permutation(self.per_epoch), epoch
-        return self._phase + int(self._order[index]) * self.window
+        phase, *keys = _epoch_numbers(self.seed, epoch)
+        return phase % self.window + permuted(index, self.per_epoch, keys) * self.window
 
     def batch(self, step: int) -> torch.Tensor:
         """The windows of `step`, (batch_size, window) int64."""
         starts = (self._start(step * self.batch_size + i) for i in range(self.batch_size))
         rows = np.stack([self.data.tokens[s : s + self.window] for s in starts])
         return torch.from_numpy(rows.astype(np.int64))
+
+
+@lru_cache(maxsize=4)
+def _epoch_numbers(seed: int, epoch: int) -> list[int]:
+    """An epoch's phase and permutation keys."""
+    return [int(n) for n in np.random.default_rng([seed, epoch]).integers(1 << 32, size=5)]
+
+
+def permuted(index: int, size: int, keys: Sequence[int]) -> int:
+    """Where a pseudo-random permutation of range(size) puts `index`, without a table of its order.
+
+    A Feistel network permutes the next power of four; values past the end are sent through it again until they fit.
+    """
+    bits = max(1, (size - 1).bit_length() + 1 >> 1)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = index >> bits, index & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+            left, right = right, left ^ (mixed >> 29 ^ mixed >> 47) & mask
+        index = left << bits | right
+        if index < size:
+            return index

@@ -33,6 +33,10 @@ from configs.run import (
 )
 from configs.schema import TrainConfig, as_dict
 
+# Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
+FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
+FREE_ON_RESUME |= {"eval_windows", "device"}
+
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
 
 
@@ -52,10 +56,6 @@ class Setup:
 
 def start(name: str, cfg: TrainConfig) -> Setup:
     """Seed, device, threads and run folder of a training script."""
-    for field in ("k", "batch_size", "epochs", "lr", "max_steps"):
-        value = getattr(cfg, field)
-        if value is not None and value <= 0:
-            raise UserError(f"--{field}: expected more than 0, got {value}")
     threads = tune_process()
     device = pick_device(cfg.device)
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
@@ -135,7 +135,11 @@ def fit(
         load_weights(model, state["state"], state_path)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-        run.drop_metrics_from(first)
+        before, now = state["train_config"], as_dict(cfg)
+        other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
+            run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
+        run.go_on_from(first)
         run.log(f"{name}: resumed at step {first} of {total} from {state_path}")
     else:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -145,7 +149,13 @@ def fit(
         save_checkpoint(
             state_path,
             f"{name}.state",
-            {"config": content["config"], "state": weights, "optimizer": optimizer.state_dict(), "step": step},
+            {
+                "config": content["config"],
+                "train_config": content["train_config"],
+                "state": weights,
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            },
         )
         save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
 

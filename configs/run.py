@@ -128,19 +128,18 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def drop_metrics_from(self, step: int) -> None:
-        """Forget lines at or past `step`: what a killed run logged after the save it is resumed from."""
+    def go_on_from(self, step: int) -> None:
+        """Of metrics.jsonl keep what led to the save at `step` (a killed run may have logged more), and go on with its time."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) < step]
-            path.write_text("".join(kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # a line cut short by a kill
-        return float("inf")
+        lines = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # a line cut short by a kill
+                continue
+        lines = [line for line in lines if line["step"] <= step and not line.get("final")]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._start -= lines[-1]["time"] if lines else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 
 def opt(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; `choices=` limits a string."""
+    """A dataclass field with its help text; `choices=` limits a string, `low=` and `high=` (both allowed) a number."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -33,28 +33,30 @@ class TrainConfig:
     """What every training script shares."""
 
     data: str = opt("data/packed", "packed data: a folder written by tools/data_packing.py")
-    k: int = opt(8, "tokens a chunk")
-    batch_size: int = opt(8, "sequences (student, token model) or chunks (AE) a step")
-    epochs: float = opt(1.0, "passes over the training data; --max_steps wins")
-    max_steps: int | None = opt(None, "optimizer steps; unset: from --epochs")
-    lr: float = opt(3e-4, "peak learning rate")
-    warmup_steps: int = opt(20, "steps of linear warm-up")
+    k: int = opt(8, "tokens a chunk", low=1)
+    batch_size: int = opt(8, "sequences (student, token model) or chunks (AE) a step", low=1)
+    epochs: float = opt(1.0, "passes over the training data; --max_steps wins", low=1e-9)
+    max_steps: int | None = opt(None, "optimizer steps; unset: from --epochs", low=1)
+    lr: float = opt(3e-4, "peak learning rate", low=0)
+    warmup_steps: int = opt(20, "steps of linear warm-up", low=0)
     lr_decay: float = opt(
         0.0,
         "share of max_steps, at the end, over which the rate falls linearly to 0. 0 keeps it constant, "
         "so that a finished run can be prolonged exactly (--resume with a larger --max_steps)",
+        low=0,
+        high=1,
     )
-    weight_decay: float = opt(0.1, "AdamW decay of matrices (not of norms, biases and scales)")
-    grad_clip: float = opt(1.0, "largest norm of the gradient")
+    weight_decay: float = opt(0.1, "AdamW decay of matrices (not of norms, biases and scales)", low=0)
+    grad_clip: float = opt(1.0, "largest norm of the gradient", low=1e-9)
     bf16: bool | None = opt(None, "bfloat16 autocast; auto: where the processor has it")
     compile: bool | None = opt(False, "torch.compile the loss; auto: where a C++ compiler is installed")
-    seed: int = opt(0, "seed of weights, data order and noise")
+    seed: int = opt(0, "seed of weights, data order and noise", low=0, high=2**31 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:N or auto")
     checkpoint_dir: str = opt("checkpoints", "where checkpoints are written")
     run_dir: str | None = opt(None, "config, metrics.jsonl and log; unset: runs/<model>")
     resume: bool = opt(False, "go on from the training state in --checkpoint_dir")
     save_every: int = opt(500, "steps between saves (0: only at the end)")
-    log_every: int = opt(20, "steps between lines of metrics.jsonl")
+    log_every: int = opt(20, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = opt(0, "steps between validations on a sample (0: only the full one at the end)")
 
 
@@ -65,15 +67,15 @@ class AETrainConfig(TrainConfig):
     latent_dim: int = opt(1024, "D, width of the latent")
     embed_dim: int = opt(768, "E, width of the token embedding")
     num_layers: int = opt(4, "residual SwiGLU blocks in all; a multiple of 4")
-    batch_size: int = opt(512, "chunks a step")
-    lr: float = opt(1e-3, "peak learning rate")
+    batch_size: int = opt(512, "chunks a step", low=1)
+    lr: float = opt(1e-3, "peak learning rate", low=0)
     weight_decay: float = opt(0.0, "AdamW decay of matrices")
     kl_weight: float = opt(1e-3, "weight of the KL to the unit Gaussian")
     free_bits: float = opt(0.5, "KL per dimension, in nats, that costs nothing more")
     l2_weight: float = opt(0.0, "weight of the mean latent's squared norm")
-    latent_dropout: float = opt(0.15, "share of latent dimensions zeroed in training")
-    token_mask: float = opt(0.15, "share of the encoder's input embeddings zeroed in training")
-    random_tokens: float = opt(0.0, "share of training chunks replaced by uniformly random tokens (rare words)")
+    latent_dropout: float = opt(0.15, "share of latent dimensions zeroed in training", low=0, high=1)
+    token_mask: float = opt(0.15, "share of the encoder's input embeddings zeroed in training", low=0, high=1)
+    random_tokens: float = opt(0.0, "share of training chunks replaced by uniformly random tokens (rare words)", low=0, high=1)
 
 
 @dataclass
@@ -86,7 +88,7 @@ class LMTrainConfig(TrainConfig):
     num_kv_heads: int | None = opt(None, "key/value heads (GQA); unset: as --num_heads")
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
-    eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all")
+    eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
 
 
 @dataclass
@@ -106,7 +108,9 @@ class StudentTrainConfig(LMTrainConfig):
     local_decoder: str = opt("window", "window, or none: independent positions (a control)", choices=("window", "none"))
     head: str = opt("direct", "direct, or energy: CALM's generative head (a control)", choices=("direct", "energy"))
     latents: str = opt("on", "on, or none: the latent path switched off (a control)", choices=("on", "none"))
-    pad_share: float = opt(0.25, "share of training windows that begin with 1..k-1 pads, as left-padded prompts do")
+    pad_share: float = opt(
+        0.25, "share of training windows that begin with 1..k-1 pads, as left-padded prompts do", low=0, high=1
+    )
 
 
 def _base_type(kind: Any) -> tuple[type, bool]:
@@ -117,7 +121,7 @@ def _base_type(kind: Any) -> tuple[type, bool]:
     return kind, False
 
 
-def _coerce(name: str, value: Any, kind: Any, choices: Sequence[str] | None) -> Any:
+def _coerce(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     base, optional = _base_type(kind)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("", "none", "null", "auto"))):
         return None
@@ -129,14 +133,19 @@ def _coerce(name: str, value: Any, kind: Any, choices: Sequence[str] | None) -> 
         if base is int:
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise ValueError
-            return int(float(value))
-        if isinstance(value, (bool, dict, list)):
+            value = int(float(value))
+        elif isinstance(value, (bool, dict, list)):
             raise ValueError
-        value = base(value)
+        else:
+            value = base(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{name}: expected {base.__name__}, got {value!r}") from None
-    if choices and value not in choices:
+    if (choices := limits.get("choices")) and value not in choices:
         raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    low, high = limits.get("low"), limits.get("high")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        wanted = f"at least {low}" if high is None else f"{low} to {high}"
+        raise UserError(f"{name}: expected {wanted}, got {value!r}")
     return value
 
 
@@ -152,7 +161,7 @@ def config_from(cls: type[C], values: dict[str, Any], source: str) -> C:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             raise UserError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(fields))}")
-        out[key] = _coerce(f"{source}: {key}", value, hints[key], fields[key].metadata.get("choices"))
+        out[key] = _coerce(f"{source}: {key}", value, hints[key], fields[key].metadata)
     return cls(**out)
 
 

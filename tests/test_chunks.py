@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ae.chunks import PackedData, PackedWriter, TrainWindows, tokenizer_record
+from ae.chunks import PackedData, PackedWriter, TrainWindows, permuted, tokenizer_record
 from configs.errors import UserError
 
 META = {"tokenizer_fingerprint": "f" * 32, "tokenizer": "../tokenizer", "vocab_size": 100}
@@ -50,6 +50,20 @@ def test_an_epoch_has_every_window_once(data: PackedData) -> None:
         assert (rows[:, 1:] == rows[:, :1] + torch.arange(1, 8)).all()  # whole runs of tokens
         starts = sorted(rows[:, 0].tolist())
         assert [s - starts[0] for s in starts] == [8 * i for i in range(10)]  # side by side, at a random phase
+
+
+@pytest.mark.parametrize("size", [*range(1, 18), 63, 64, 65, 1000])
+def test_permuted_is_a_permutation(size: int) -> None:
+    orders = [
+        [permuted(i, size, keys) for i in range(size)]
+        for keys in np.random.default_rng(0).integers(1 << 32, size=(2, 4)).tolist()
+    ]
+    for order in orders:
+        assert sorted(order) == list(range(size))
+    if size == 1000:  # and a random-looking one: chance puts about one value in its place, and neighbours far apart
+        assert orders[0] != orders[1]
+        assert sum(i == to for i, to in enumerate(orders[0])) < 8
+        assert np.abs(np.diff(orders[0])).mean() == pytest.approx(1000 / 3, rel=0.15)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(data: PackedData) -> None:

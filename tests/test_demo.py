@@ -43,9 +43,11 @@ def test_a_finished_stage_is_not_repeated(tmp_path: Path, ran: list[tuple[str, b
     ran.clear()
     assert run_script(demo, "--quick", "--output", root) == 0
     assert ran == []
+    before = (root / "stages.json").read_text()
     (root / "checkpoints/student.pt").unlink()
     assert run_script(demo, "--quick", "--output", root) == 0
     assert [name for name, _ in ran] == ["student"]
+    assert list(json.loads((root / "stages.json").read_text())) == list(json.loads(before))
 
 
 def test_another_command_runs_it_and_what_follows_again(tmp_path: Path, ran: list[tuple[str, bool]]) -> None:

@@ -62,6 +62,8 @@ def test_resume_refuses_another_model_and_no_state(world: World, tmp_path: Path,
     assert run_script(train_ae, *flags, "--max_steps", 1) == 0
     assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--latent_dim", 24) == 2
     assert "another model (different latent_dim)" in capsys.readouterr().err
+    assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--lr", 0.5) == 0
+    assert "another run than the one that was saved: lr 0.001 -> 0.5" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(

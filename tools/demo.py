@@ -46,7 +46,9 @@ def stages(root: Path, quick: bool) -> list[Stage]:
         command = [script, "--config", str(config), "--data", str(packed), "--checkpoint_dir", str(checkpoints)]
         command += ["--run_dir", str(root / checkpoint.stem), *extra]
         command += ["--set", f"max_steps={steps}"] if quick else []
-        return Stage(name, command, [checkpoint], [config], checkpoint.with_suffix(".state.pt"))
+        return Stage(
+            name, command, [checkpoint], [config], checkpoint.with_suffix(".state.pt"), root / f"{checkpoint.stem}.json"
+        )
 
     models = ["--ae", str(ae), "--student", str(student)]
     both = [*models, "--baseline", str(token_model)]
@@ -84,7 +86,13 @@ def run_stage(stage: Stage, resume: bool) -> None:
     out = open(stage.stdout, "w", encoding="utf-8") if stage.stdout else None
     try:
         # what the commands print for people goes to standard error; results lie in files
-        code = subprocess.run(command, stdout=out or sys.stderr, env={**os.environ, "PYTHONWARNINGS": "ignore"}).returncode
+        process = subprocess.Popen(command, stdout=out or sys.stderr, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # the command got the same Ctrl-C: let it save
+                continue
     finally:
         if out:
             out.close()
@@ -119,15 +127,19 @@ def main() -> int:
         spent = before.get("spent", 0.0) if same else 0.0
         start = time.time()
         resume = bool(same and stage.state and stage.state.exists())
+
+        def note(result: str, stage: Stage = stage, key: str = key, start: float = start, spent: float = spent) -> None:
+            record[stage.name] = {"key": key, result: round(spent + time.time() - start, 1)}
+            record_path.write_text(json.dumps(record, indent=1))
+
+        note("spent")  # first, so that a killed training is resumed too
         try:
             run_stage(stage, resume)
         except KeyboardInterrupt:
-            record[stage.name] = {"key": key, "spent": spent + time.time() - start}
-            record_path.write_text(json.dumps(record, indent=1))
+            note("spent")
             print(f"\ninterrupted in {stage.name!r}; the same command goes on from there", file=sys.stderr)
             return EXIT_INTERRUPTED
-        record[stage.name] = {"key": key, "seconds": round(spent + time.time() - start, 1)}
-        record_path.write_text(json.dumps(record, indent=1))
+        note("seconds")
         if stage.name != "report":
             print(f"{title}: {record[stage.name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print((root / "report.md").read_text())

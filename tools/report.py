@@ -69,9 +69,9 @@ def report(root: Path) -> str:
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         f"At equal training tokens the student's bits per byte are "
-        f"{student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the token-level model's{brier}. The student "
-        f"starts from the autoencoder, which read {trained['ae']['tokens']:,} tokens before; the token-level model starts from "
-        "random weights. If the cost of another document's latents is small, the local decoder does most of the student's work.",
+        f"{student['bits_per_byte'] / token_model['bits_per_byte'] - 1:+.1%} against the token-level model's{brier}. The "
+        f"student starts from the autoencoder, which read {trained['ae']['tokens']:,} tokens before; the token-level model "
+        "starts from random weights. If the cost of another document's latents is small, the local decoder does most of it.",
         "",
         "![training loss](loss.png)",
         "![NLL by position in the chunk](nll_by_position.png)",
