@@ -100,9 +100,9 @@ class StudentTrainConfig(LMTrainConfig):
         None, "tokens a chunk; unset: the AE's (must agree when given)"
     )
     latent_dim: int | None = opt(None, "D; unset: the AE's (must agree when given)")
-    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional")
-    mse_w: float = opt(0.0, "weight of the squared error between predicted and true next latent")
-    base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone")
+    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional", low=0)
+    mse_w: float = opt(1.0, "weight of the squared error between predicted and true next latent", low=0)
+    base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone", low=0)
     local_layers: int = opt(2, "layers of the local decoder")
     local_window: int = opt(16, "tokens each layer of the local decoder sees")
     local_decoder: str = opt("window", "window, or none: independent positions (a control)", choices=("window", "none"))

@@ -77,11 +77,15 @@ class Student(nn.Module):
         self.start = nn.Parameter(torch.randn(cfg.hidden_dim))  # the backbone's input before the first chunk
         self.backbone = Qwen3Model(cfg.qwen3(1, cfg.seq_len))
         self.backbone.embed_tokens = None  # type: ignore[assignment]  # inputs come as vectors
-        self.exit = (
-            EnergyHead(cfg.hidden_dim, cfg.latent_dim) if cfg.head == "energy" else nn.Linear(cfg.hidden_dim, cfg.latent_dim)
-        )
-        if cfg.head == "energy":  # its samples are decoded by the autoencoder as it was trained
-            self.ae.requires_grad_(False)
+        if cfg.head == "energy":
+            self.exit: nn.Module = EnergyHead(cfg.hidden_dim, cfg.latent_dim)
+            self.ae.requires_grad_(False)  # its samples are decoded by the autoencoder as it was trained
+        else:
+            self.exit = nn.Linear(cfg.hidden_dim, cfg.latent_dim)
+            # A random prediction decodes to confident nonsense, and a model that learns to ignore it never listens again
+            # (docs/log.md): start from the latent at the origin instead.
+            nn.init.zeros_(self.exit.weight)
+            nn.init.zeros_(self.exit.bias)
 
     @property
     def table(self) -> Tensor:

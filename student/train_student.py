@@ -45,8 +45,6 @@ def main() -> None:
             raise UserError(
                 f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE"
             )
-    if cfg.head == "energy" and (cfg.base_w or cfg.mse_w):
-        raise UserError("--head energy trains by the energy score alone; leave --base_w and --mse_w at 0")
     train, val = PackedData.pair(cfg.data)
     check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, cfg.data)
     cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
@@ -64,6 +62,11 @@ def main() -> None:
     windows = TrainWindows(train, model.cfg.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
+
+    if cfg.head == "energy":
+        setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w and base_w are not used")
+    if cfg.latents == "none":
+        cfg.mse_w = 0.0  # nothing is predicted
 
     def loss(tokens: Tensor, pads: Tensor) -> loop.Losses:
         if cfg.head == "energy":

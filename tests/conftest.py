@@ -119,10 +119,12 @@ def student_config(**changes: object) -> StudentConfig:
 
 
 def make_student(**changes: object) -> Student:
-    """A student with random weights, the local decoder's last projection included."""
+    """A student with random weights, the projections that start at zero included."""
     model = Student(student_config(**changes))
     if model.local is not None:
         torch.nn.init.normal_(model.local.exit.weight, std=0.5)
+    if isinstance(getattr(model, "exit", None), torch.nn.Linear):
+        torch.nn.init.normal_(model.exit.weight, std=0.3)
     return model.eval()
 
 

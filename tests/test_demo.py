@@ -76,7 +76,7 @@ def test_an_interrupted_training_resumes(
     assert all("seconds" in record[name] for name in all_names)
 
 
-def test_a_failed_stage_ends_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_stage_ends_the_demo() -> None:
     stage = Stage("broken", ["-c", "raise SystemExit(3)"], [])
     with pytest.raises(ValueError, match="'broken' failed with exit code 3"):
         demo.run_stage(stage, False)

