@@ -65,10 +65,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def wants_compile(setting: bool | None, device: torch.device) -> bool:
-    """`--compile auto` compiles where TorchInductor finds what it needs: a C++ compiler (CPU) or a GPU."""
-    if setting is None:
-        return device.type == "cuda" or any(shutil.which(cc) for cc in (os.environ.get("CXX", "g++"), "clang++"))
-    return setting
+    """Whether to compile. TorchInductor needs a GPU or a C++ compiler: `auto` goes by that; True without raises UserError."""
+    can = device.type == "cuda" or any(shutil.which(cc) for cc in (os.environ.get("CXX", "g++"), "clang++"))
+    if setting and not can:
+        raise UserError(
+            "--compile needs a C++ compiler on the CPU (Debian: apt install g++); install one or leave the flag out"
+        )
+    return can if setting is None else setting
 
 
 def environment() -> dict[str, Any]:
