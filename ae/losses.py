@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ae.ae_model import Autoencoder
 
-MAX_LOGITS = 1 << 27  # elements of a logits buffer: half a GiB in float32
+MAX_LOGITS = 1 << 26  # elements of a logits buffer: a quarter of a GiB in float32
 
 
 def _nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:

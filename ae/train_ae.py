@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ae.ae_model import AEConfig, Autoencoder
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
-from ae.losses import ae_loss, kl_to_unit_gaussian
+from ae.losses import MAX_LOGITS, ae_loss, kl_to_unit_gaussian
 from configs import loop
 from configs.errors import run_cli
 from configs.schema import AETrainConfig, as_dict, parse_config
@@ -27,7 +27,7 @@ DEAD = 0.01  # a dimension whose mean varies less than this over chunks carries 
 
 @torch.no_grad()
 def reconstruction(
-    model: Autoencoder, data: PackedData, device: torch.device, bf16: bool, limit: int | None = None, batch: int = 2048
+    model: Autoencoder, data: PackedData, device: torch.device, bf16: bool, limit: int | None = None
 ) -> dict[str, Any]:
     """Reconstruction of a split's chunks (all, or the first `limit`): shares of exact chunks and tokens, clean and noisy.
 
@@ -35,6 +35,7 @@ def reconstruction(
     """
     model.eval()
     torch.manual_seed(0)
+    batch = max(1, min(2048, MAX_LOGITS // (model.cfg.k * model.cfg.vocab_size)))
     n = 0
     exact = torch.zeros(4, dtype=torch.int64)  # chunks, tokens, noisy chunks, noisy tokens
     moments = torch.zeros(2, model.cfg.latent_dim, dtype=torch.float64)
