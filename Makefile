@@ -18,6 +18,8 @@ MAX_TOKENS ?= 128
 TEMP ?= 0.8
 TOP_P ?= 0.95
 SEED ?= 0
+TEACHER ?= Qwen/Qwen3-0.6B
+TEACHER_PORT ?= 8001
 
 # A variable left empty leaves the config file's value alone.
 flag = $(if $($(1)),--$(2) $($(1)))
@@ -26,7 +28,7 @@ TRAIN_FLAGS = --data "$(DATA)" --seed $(SEED) $(call flag,EPOCHS,epochs) $(call 
 export PROMPT PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup demo data train-ae train-token-model train-student infer evaluate bench test test-tokenizer test-ae test-student clean
+.PHONY: help setup demo data train-ae train-token-model train-student infer evaluate bench check-api harvest serve-teacher test test-tokenizer test-ae test-student test-kd clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +84,18 @@ test-ae: setup ## tests of the autoencoder
 
 test-student: setup ## tests of student, sampler and metrics
 	$(PY) -m pytest tests/test_student.py tests/test_local_decoder.py tests/test_sampler.py tests/test_brier.py $(ARGS)
+
+check-api: setup ## can the server in .env be a teacher? (the tool's own exit code: 0 yes, 1 with a restriction, 2 no)
+	@$(PY) tools/verify_api.py $(ARGS)
+
+harvest: setup ## ask the teacher in .env for text with logprobs (ARGS="--data DIR --n_tokens N --budget_usd X --dry_run")
+	$(PY) kd/harvest.py $(ARGS)
+
+serve-teacher: setup ## serve TEACHER (a causal LM's folder or hub name) with logprobs at TEACHER_PORT
+	$(PY) kd/local_teacher.py --model "$(TEACHER)" --port $(TEACHER_PORT) $(ARGS)
+
+test-kd: setup ## tests of teacher, store, client and their faults
+	$(PY) -m pytest tests/test_local_teacher.py tests/test_kd_*.py tests/test_verify_api.py $(ARGS)
 
 clean: ## remove .venv, caches and the demos' runs; never .env, data/, checkpoints/ or a teacher store
 	rm -rf $(VENV) runs/demo runs/demo-quick *.egg-info build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,457 @@
+"""Ask a teacher for text, with its logprobs where it gives them, until the store holds --n_tokens of it.
+
+    python kd/harvest.py --data data/packed --n_tokens 1000000 --budget_usd 5 --dry_run
+
+The teacher is VENICE_BASE_URL, VENICE_API_KEY and VENICE_MODEL, from the environment or .env. Prompts are the beginnings of
+packed documents (--data), JSON lines (--prompts: `text` to be continued, `prompt` to be answered, or chat `messages`), or
+neither: a base model's start of text, which is the tokenizer's end-of-text token. They are used in order, and again with
+other seeds when all were used.
+
+Request i is a function of the settings, the prompts and i alone, and an answer is committed before it is used. So the same
+command run again, after a kill, a spent budget or for more tokens, asks for what is missing and for nothing else. The
+run ends with up to --concurrency answers more than --n_tokens; --budget_usd counts all that the store ever cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs.errors import UserError, run_cli
+from configs.schema import opt, parse_config
+from kd.kd_client import (
+    STEPS_DOWN,
+    Answer,
+    Dropped,
+    Interrupted,
+    ModelInfo,
+    Settings,
+    Stopped,
+    TeacherClient,
+    logprob_fields,
+    request_tokens,
+)
+from kd.limits import Patience
+from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, wire_top
+from kd.store import Store, request_key
+
+TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key
+CONTINUE = "Continue the text below. Answer with the continuation alone: no comment, and nothing of the text itself.\n\n"
+PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says
+ALL_MISALIGNED = 20  # answers, none of which aligns: it is the wrong tokenizer
+
+
+@dataclass
+class HarvestConfig:
+    """Settings of a harvest; each is a flag."""
+
+    n_tokens: int = opt(1_000_000, "tokens of the teacher's text that the store should hold of this harvest", low=1)
+    data: str | None = opt(None, "packed data: prompts are the beginnings of its training documents")
+    prompts: str | None = opt(None, "JSON lines with `text`, `prompt` or `messages`")
+    prompt_tokens: int = opt(64, "tokens of a document that are its beginning", low=1)
+    tokenizer: str | None = opt(None, "folder, tokenizer.json or hub name; unset: that of --data")
+    store: str | None = opt(None, "SQLite file of this teacher; unset: data/teacher/MODEL.sqlite")
+    base_url: str | None = opt(None, "server, up to /v1; unset: VENICE_BASE_URL")
+    model: str | None = opt(None, "teacher; unset: VENICE_MODEL")
+    mode: str = opt("auto", "chat, completions, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions"))
+    text_prompts: bool = opt(False, "completions: send prompts as text, for servers that take no token ids")
+    max_new_tokens: int = opt(512, "most tokens of an answer", low=1)
+    temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
+    top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
+    seed: int = opt(0, "of the requests' seeds", low=0)
+    concurrency: int = opt(8, "requests at once (Venice: at most 10)", low=1)
+    rpm: float | None = opt(None, "most requests a minute; the server's headers may lower it", low=1e-9)
+    tpm: float | None = opt(None, "most tokens a minute, prompts included", low=1e-9)
+    budget_usd: float | None = opt(None, "most dollars that this store may cost, earlier runs included", low=0)
+    timeout_s: float = opt(300.0, "seconds that an answer may take", low=1e-9)
+    dry_run: bool = opt(False, "estimate calls, tokens, dollars and time, and ask for nothing")
+    allow_http: bool = opt(False, "allow plain http to another machine")
+    allow_other_model: bool = opt(False, "keep answers of another model than asked for")
+
+
+@dataclass
+class Job:
+    """A request, and what precedes its answer in the training text (None: not known)."""
+
+    body: dict[str, Any]
+    prompt_ids: list[int] | None
+
+
+@dataclass
+class Summary:
+    """What a run did. `top_logprobs`: as many a position; None or 0: its text alone can teach."""
+
+    tokens: int = 0
+    answers: int = 0
+    found: int = 0  # answers that the store held already
+    top_logprobs: int | None = None
+    dropped: Counter[str] = field(default_factory=Counter)  # prompts without an answer
+    aligned: int = 0
+    misaligned: Counter[str] = field(default_factory=Counter)  # answers that are kept but cannot be used with this tokenizer
+    errors: Counter[str] = field(default_factory=Counter)  # requests that were tried again
+    spent: float = 0.0  # dollars, by the store
+
+    def lines(self) -> Iterator[str]:
+        """The summary for people."""
+        answers = f"{self.answers + self.found:,} answers ({self.found:,} from earlier runs)"
+        yield f"{self.tokens:,} tokens in {answers}, ${self.spent:.4f} in all"
+        if self.answers + self.found:
+            kind = f"token-level, top {self.top_logprobs}" if self.top_logprobs else "sequence-level (text alone)"
+            yield f"kind of distillation: {kind}"
+        for what, counts in (("dropped", self.dropped), ("not aligned", self.misaligned), ("tried again", self.errors)):
+            if counts:
+                yield f"{what}: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
+
+
+def uses_chat(mode: str, settings: Settings) -> bool:
+    """What --mode means for a server: Venice has chats only."""
+    return mode == "chat" or (mode == "auto" and settings.is_hosted)
+
+
+class Prompts:
+    """The endless (temperature 0: one pass long) sequence of jobs and their request bodies, the same in every run."""
+
+    def __init__(self, cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None) -> None:
+        self.cfg, self.settings, self.tokenizer = cfg, settings, tokenizer
+        self.chat = uses_chat(cfg.mode, settings)
+        if cfg.data and cfg.prompts:
+            raise UserError("give --data or --prompts, not both")
+        if self.chat and not (cfg.data or cfg.prompts):
+            raise UserError("a chat needs prompts: give --data or --prompts (only --mode completions can start from nothing)")
+        if tokenizer is None and (cfg.data or not cfg.prompts or (not self.chat and not cfg.text_prompts)):
+            raise UserError("these prompts are token ids: give --tokenizer, the teacher's own")
+
+    def __iter__(self) -> Iterator[Job]:
+        index = 0
+        while True:
+            first = index
+            for row in self._rows():
+                yield request_of(self.cfg, self.settings, self.tokenizer, self.chat, index, row)
+                index += 1
+            if index == first:
+                raise UserError(f"{self.cfg.data or self.cfg.prompts} holds no prompts")
+            if self.cfg.temperature == 0:
+                return
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.cfg.prompts:
+            yield from _json_lines(self.cfg.prompts)
+        elif self.cfg.data:
+            from ae.chunks import PackedData  # lazy: it takes torch seconds to import
+
+            data = PackedData(Path(self.cfg.data) / "train")
+            starts = data.doc_starts
+            for i, start in enumerate(starts):
+                end = starts[i + 1] if i + 1 < len(starts) else data.n_tokens
+                ids = data.tokens[start : min(int(start) + self.cfg.prompt_tokens, int(end) - 1)].tolist()  # no end-of-text
+                if ids:
+                    yield {"ids": ids}
+        else:
+            yield {"ids": []}
+
+
+def request_of(
+    cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None, chat: bool, index: int, row: dict[str, Any]
+) -> Job:
+    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"} or {"ids"}."""
+    body: dict[str, Any] = {
+        "model": settings.model,
+        "temperature": cfg.temperature,
+        "seed": 1 + (cfg.seed * 1_000_003 + index) % (2**31 - 1),
+        "max_completion_tokens" if settings.is_hosted else "max_tokens": cfg.max_new_tokens,
+    }
+    if settings.is_venice:
+        body["venice_parameters"] = {"include_venice_system_prompt": False, "disable_thinking": True}
+    if not settings.is_hosted:  # vLLM's fields, which others ignore
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    messages = row.get("messages")
+    if messages is None and "prompt" in row and chat:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    if messages is not None:
+        if not chat:
+            raise UserError(f"{cfg.prompts} holds chats; harvest them with --mode chat")
+        known = None if tokenizer is None else [int(i) for i in tokenizer.encode_chat(messages, add_generation_prompt=True)]
+        return Job({**body, "messages": messages}, known)
+    if "ids" in row:
+        assert tokenizer is not None
+        ids: list[int] | None = row["ids"]
+        text = tokenizer.decode(row["ids"])
+    else:
+        text = row.get("text") or row["prompt"]
+        ids = None if tokenizer is None else tokenizer.encode(text)
+    if chat:
+        return Job({**body, "messages": [{"role": "user", "content": CONTINUE + text}]}, ids)
+    if cfg.text_prompts:
+        return Job({**body, "prompt": text}, ids)
+    assert tokenizer is not None and ids is not None
+    return Job({**body, "prompt": [tokenizer.eot_id, *ids]}, ids)  # as in packed data, where a document follows another
+
+
+def _json_lines(path: str) -> Iterator[dict[str, Any]]:
+    """Objects with `text`, `prompt` or `messages`. Raises UserError naming the line that is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict) or not any(row.get(key) for key in ("text", "prompt", "messages")):
+                    raise UserError(f"{path}:{number}: expected a JSON object with `text`, `prompt` or `messages`")
+                yield {key: row[key] for key in ("text", "prompt", "messages") if row.get(key)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ the harvest
+class Harvest:
+    """One run: what `harvest` does, with its counts."""
+
+    def __init__(
+        self, cfg: HarvestConfig, client: TeacherClient, store: Store, prompts: Prompts, log: Callable[[str], None]
+    ) -> None:
+        self.cfg, self.client, self.store, self.prompts, self.log = cfg, client, store, prompts, log
+        self.table = None if prompts.tokenizer is None else TokenTable(prompts.tokenizer)
+        self.summary = Summary(errors=client.errors)
+        self.fields: dict[str, Any] = {}  # what asks for logprobs
+        self.probed = b""  # the key of this run's first call
+        self.bar: Any = None
+
+    async def run(self) -> None:
+        """Harvest what is missing. Raises Stopped or UserError when it ends early; `summary` is true either way."""
+        cfg, client = self.cfg, self.client
+        client.spent = self.summary.spent = self.store.totals().cost
+        listed = await self._models()
+        if cfg.budget_usd is not None and client.model.cost(1, 1) is None and not client.settings.is_venice:
+            raise UserError(f"{client.settings.base_url} lists no price for {client.settings.model}, so no budget can be held")
+        if cfg.dry_run:
+            return self._estimate(None)
+        first = await self._probe()
+        if not self.summary.top_logprobs:
+            others = ", ".join(model.name for model in listed if model.logprobs) or "none"
+            self.log(
+                f"{client.settings.model} gives no top logprobs: going on with its text alone (sequence-level distillation)"
+            )
+            self.log(f"models listed there that give logprobs: {others}")
+        self._estimate(first)
+        with tqdm(total=cfg.n_tokens, unit="tok", unit_scale=True, desc="harvest", mininterval=0.5) as self.bar:
+            await client.run(self._missing(), self._handle)
+        if self.summary.tokens < cfg.n_tokens:
+            raise UserError(
+                f"the prompts are used up at {self.summary.tokens:,} of {cfg.n_tokens:,} tokens: at temperature 0 each is used "
+                "once; bring more, or raise --temperature"
+            )
+
+    async def _models(self) -> list[ModelInfo]:
+        try:
+            return await self.client.models()
+        except Stopped as error:
+            if error.status != 404:
+                raise
+            return []  # a server without that path
+
+    async def _probe(self) -> Answer | None:
+        """Find out what logprobs there are: from the first prompt's stored answer, else by asking for it."""
+        cfg, client = self.cfg, self.client
+        problem = Dropped("no prompts")
+        steps = [k for k in (cfg.top_logprobs, *STEPS_DOWN) if k <= cfg.top_logprobs]
+        for job in islice(self.prompts, PROBED):
+            for fields in (*(logprob_fields(job.body, k) for k in steps), {}):
+                if (stored := self.store.get(self._key({**job.body, **fields}))) is not None:
+                    self.fields, self.summary.top_logprobs = fields, wire_top(stored.answer)
+                    return None
+            try:
+                answer, self.fields, self.summary.top_logprobs = await client.probe(job.body, cfg.top_logprobs)
+            except Dropped as error:
+                problem = error
+                continue
+            job.body |= self.fields
+            self._note(self._commit(job, answer))
+            self.probed = self._key(job.body)
+            return answer
+        raise UserError(f"the first calls to {client.settings.base_url} failed: {problem}")
+
+    def _key(self, body: dict[str, Any]) -> bytes:
+        return request_key(self.client.settings.model, body, TEMPLATE)
+
+    def _missing(self) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """The jobs that have no answer yet, until there are tokens enough; those that have one are counted."""
+        for job in self.prompts:
+            if self.summary.tokens >= self.cfg.n_tokens:
+                return
+            job.body |= self.fields
+            key = self._key(job.body)
+            tokens = self.store.tokens_of(key)
+            if tokens is None:
+                yield job, job.body
+                continue
+            if key == self.probed:
+                self.summary.answers += 1
+            else:
+                self.summary.found += 1
+            self._count(tokens)
+
+    def _count(self, tokens: int) -> None:
+        tokens = max(1, tokens)  # so that a teacher of empty answers comes to an end
+        self.summary.tokens += tokens
+        self.bar.update(tokens)
+
+    async def _handle(self, job: Job, outcome: Answer | Dropped) -> None:
+        """Commit an answer, then count it."""
+        summary = self.summary
+        if isinstance(outcome, Dropped):
+            summary.dropped[outcome.reason] += 1
+        else:
+            self._note(await asyncio.to_thread(self._commit, job, outcome))
+            summary.answers += 1
+            self._count(outcome.completion_tokens)
+            summary.spent = self.client.spent
+        self.bar.set_postfix_str(
+            f"{summary.answers + summary.found} answers, ${self.client.spent:.4f}, {self.client.errors.total()} retries, "
+            f"{summary.dropped.total()} dropped",
+            refresh=False,
+        )
+        if not summary.aligned and summary.misaligned.total() >= ALL_MISALIGNED:
+            raise Stopped(
+                f"none of {ALL_MISALIGNED} answers aligns with the tokenizer ({summary.misaligned.most_common(1)[0][0]}): give "
+                "--tokenizer of this teacher; tools/verify_api.py shows more"
+            )
+
+    def _note(self, misaligned: str | None) -> None:
+        """Count what `_commit` found."""
+        if misaligned is None:
+            self.summary.aligned += 1
+        else:
+            self.summary.misaligned[misaligned] += 1
+
+    def _commit(self, job: Job, answer: Answer) -> str | None:
+        """Put the answer on the disk; returns why the tokenizer cannot align it (None: it can, or there is none)."""
+        self.store.put(
+            job.body,
+            answer.raw,
+            model=self.client.settings.model,
+            template=TEMPLATE,
+            prompt_ids=job.prompt_ids,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            cost=answer.cost,
+        )
+        if self.table is not None:
+            try:
+                parse_answer(job.body, answer.body, self.table, prompt_ids=job.prompt_ids)
+            except Misaligned as error:
+                return str(error)
+        return None
+
+    def _estimate(self, first: Answer | None) -> None:
+        """Say what the tokens that the store lacks (all, where that is not known yet) take at most."""
+        cfg, client = self.cfg, self.client
+        calls = -(-cfg.n_tokens // cfg.max_new_tokens)
+        prompts = calls * (cfg.prompt_tokens if cfg.data else 1)
+        if cfg.prompts:
+            prompts = calls * request_tokens(next(iter(self.prompts)).body)[0]
+        dollars = client.model.cost(prompts, cfg.n_tokens)
+        minutes = max(calls / client.gate.rpm, (prompts + cfg.n_tokens) / client.gate.tpm)
+        if first is not None:
+            minutes = max(minutes, cfg.n_tokens / first.completion_tokens * first.seconds / client.concurrency / 60)
+        self.log(
+            f"estimate for {cfg.n_tokens:,} tokens, less what {self.store.path} holds already: {calls:,} calls or more, "
+            f"{prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "
+            + (f"{minutes:.0f} minutes or more" if minutes else "time unknown before the first call (no --rpm or --tpm)")
+        )
+
+
+async def _harvest(harvest: Harvest) -> None:
+    """Run it; the first Ctrl-C or SIGTERM lets what is in flight (and paid for) come in, the second one ends at once."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+
+    def finish() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        harvest.log("finishing the requests that are in flight; once more to drop them")
+        harvest.client.stop(Interrupted("interrupted; the same command goes on"))
+
+    for number in signals:
+        loop.add_signal_handler(number, finish)
+    try:
+        async with harvest.client:
+            await harvest.run()
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def harvest(
+    cfg: HarvestConfig,
+    settings: Settings | None = None,
+    patience: Patience | None = None,
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Summary:
+    """Harvest as `cfg` says and print a summary. Raises UserError where it ends early, with all answers so far committed."""
+    settings = settings or Settings.load(cfg.base_url, cfg.model, cfg.allow_http)
+    tokenizer = load_tokenizer(cfg)
+    client = TeacherClient(
+        settings,
+        concurrency=cfg.concurrency,
+        rpm=cfg.rpm,
+        tpm=cfg.tpm,
+        budget_usd=cfg.budget_usd,
+        allow_other_model=cfg.allow_other_model,
+        patience=patience or Patience(timeout_s=cfg.timeout_s),
+    )
+    prompts = Prompts(cfg, settings, tokenizer)
+    if client.concurrency < cfg.concurrency:
+        log(f"at most {client.concurrency} requests at once: more could fail together, and Venice then blocks the key")
+    with Store(store_path(cfg, settings)) as store:
+        work = Harvest(cfg, client, store, prompts, log)
+        try:
+            asyncio.run(_harvest(work))
+        finally:
+            if not cfg.dry_run:
+                for line in work.summary.lines():
+                    log(line)
+    return work.summary
+
+
+def store_path(cfg: HarvestConfig, settings: Settings) -> Path:
+    """--store, or the teacher's own file."""
+    return Path(cfg.store or f"data/teacher/{re.sub(r'[^A-Za-z0-9._-]+', '-', settings.model)}.sqlite")
+
+
+def load_tokenizer(cfg: HarvestConfig) -> TokenizerLike | None:
+    """The tokenizer given, else that of --data; None where there is neither."""
+    if cfg.tokenizer is None and cfg.data is None:
+        return None
+    from ae.tokenizer_adapter import TokenizerAdapter
+
+    if cfg.tokenizer is not None:
+        return TokenizerAdapter.load(cfg.tokenizer)
+    from ae.chunks import PackedData  # lazy: it takes torch seconds to import
+
+    return TokenizerAdapter.load(PackedData(Path(str(cfg.data)) / "train").tokenizer)
+
+
+def main() -> None:
+    try:
+        harvest(parse_config(HarvestConfig, __doc__))
+    except Interrupted:
+        raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,269 @@
+"""A teacher's stored answers -> packed training shards with its top-k logprobs beside every token, memory-mapped.
+
+A shard is a packed split of `ae/chunks.py` (its `PackedData` reads it as plain training text) with two more files:
+
+    meta.json          as there, and kd_kind, kd_k, kd_dtype, teacher (the models that answered), kd_scored (tokens with a row)
+    tokens.bin         the ids of all documents, each ending with the end-of-text id
+    docs.bin           int64, the index at which each document begins
+    top_ids.bin        (n_tokens, k) uint16, or uint32 for vocabularies of 65,536 words or more; the largest value: missing
+    top_logprobs.bin   (n_tokens, k) float16, nats
+
+Row t is what the teacher says of token t, given the tokens of its document before it. Rows of a prompt, of an end-of-text
+that the teacher did not write and of positions without logprobs are missing throughout. kd_kind is "logprobs", or
+"sequence" for a teacher that tells none: then kd_k is 0 and the two files are not there.
+
+Bytes a token: 2 + 4 k (82 at k = 20) with uint16 ids, 4 + 6 k (124 at k = 20) with uint32. float16 is good to 2.4e-4 nats
+from -0.5 to -1 and to 0.004 at -8.
+
+A document is the prompt and what was written after it, or the text that was scored. An end-of-text id in front is left
+out: the document before ends with one. An answer that was cut by its length limit ends with end-of-text as every document.
+Of equal documents only the first is kept, and validation is chosen by a document's hash, as in tools/data_packing.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
+from kd.store import StoredAnswer
+
+FORMAT, VERSION = "latentforge-packed", 1  # those of ae/chunks.py
+KINDS = ("logprobs", "sequence")
+FILES = ("tokens.bin", "docs.bin", "top_ids.bin", "top_logprobs.bin")
+DEFAULT_K = 20
+
+
+class PackingTokenizer(TokenizerLike, Protocol):
+    """What packing needs of a tokenizer beside parsing (`ae.tokenizer_adapter.TokenizerAdapter` has it)."""
+
+    eot_id: int
+    pad_id: int
+    model_vocab_size: int
+
+    def save(self, folder: str | Path) -> None: ...
+
+
+class KDWriter:
+    """Appends documents with their top-k rows to a shard. Memory does not grow with the data."""
+
+    def __init__(self, folder: str | Path, vocab_size: int, k: int = DEFAULT_K) -> None:
+        self.folder, self.k, self.vocab_size = Path(folder), k, vocab_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        self.dtype: np.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.top_dtype: np.dtype = np.dtype(np.uint16 if vocab_size < 1 << 16 else np.uint32)
+        self.n_tokens = self.n_docs = self.n_scored = 0
+        self._files = {name: open(self.folder / name, "wb") for name in FILES}
+
+    def add(self, ids: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> None:
+        """Append a document: ids (T,), its end-of-text included, top_ids and top_logprobs (T, any k), best first.
+
+        Missing are ids of -1 and logprobs of NaN. Rows are cut or filled up to the shard's k.
+        """
+        if top_ids.shape != top_logprobs.shape or top_ids.shape[:1] != ids.shape:
+            raise ValueError(f"shapes do not fit: ids {ids.shape}, top ids {top_ids.shape}, logprobs {top_logprobs.shape}")
+        known = (top_ids != MISSING) & ~np.isnan(top_logprobs)
+        low, high = (int(f(np.concatenate([ids, top_ids[known]]))) for f in (np.min, np.max)) if len(ids) else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}")
+        kept = min(self.k, top_ids.shape[1])
+        packed_ids = np.full((len(ids), self.k), np.iinfo(self.top_dtype).max, dtype=self.top_dtype)
+        packed = np.zeros((len(ids), self.k), dtype=np.float16)
+        np.copyto(packed_ids[:, :kept], top_ids[:, :kept].astype(self.top_dtype), where=known[:, :kept])
+        lowest = np.finfo(np.float16).min
+        np.copyto(packed[:, :kept], np.maximum(top_logprobs[:, :kept], lowest).astype(np.float16), where=known[:, :kept])
+        parts = (ids.astype(self.dtype), np.int64(self.n_tokens), packed_ids, packed)
+        for file, part in zip(self._files.values(), parts, strict=True):
+            file.write(part.tobytes())
+        self.n_tokens += len(ids)
+        self.n_docs += 1
+        self.n_scored += int(known[:, :kept].any(1).sum())
+
+    def close(self, **meta: Any) -> None:
+        """Flush, then write meta.json. A shard without any logprobs becomes one of kind "sequence"."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        if not self.n_scored:
+            for name in FILES[2:]:
+                (self.folder / name).unlink()
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            "n_tokens": self.n_tokens,
+            "n_docs": self.n_docs,
+            "vocab_size": self.vocab_size,
+            "kd_kind": KINDS[not self.n_scored],
+            "kd_k": self.k if self.n_scored else 0,
+            "kd_dtype": self.top_dtype.name,
+            "kd_scored": self.n_scored,
+        }
+        temporary = self.folder / "meta.json.tmp"
+        temporary.write_text(json.dumps({**head, **meta}, indent=1), encoding="utf-8")
+        temporary.replace(self.folder / "meta.json")
+
+
+class KDShard:
+    """A shard, opened for reading: `tokens` (n_tokens,), `top_ids` and `top_logprobs` (n_tokens, k) are memory maps.
+
+    Raises UserError when the folder is missing, without teacher's rows, of another format or version, or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"no shard in {self.folder} (meta.json is missing); harvest and pack the teacher's answers"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / 'meta.json'} cannot be read: {error}") from None
+        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
+            raise UserError(f"{self.folder} is not packed data of this project: expected format {FORMAT!r}")
+        if self.meta.get("version") != VERSION:
+            raise UserError(
+                f"{self.folder}: format version {self.meta.get('version')}, this code reads {VERSION}; pack the answers again"
+            )
+        if self.meta.get("kd_kind") not in KINDS:
+            raise UserError(f"{self.folder} is packed text without a teacher's rows; expected a shard of kd/kd_batcher.py")
+        dtypes: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}
+        try:
+            dtype, self._top_dtype = dtypes[self.meta["dtype"]], dtypes[self.meta["kd_dtype"]]
+            self.n_tokens, self.n_docs, self.k = (int(self.meta[key]) for key in ("n_tokens", "n_docs", "kd_k"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / 'meta.json'}: missing or wrong field {error}; pack the answers again") from None
+        self.tokens = self._map("tokens.bin", dtype, (self.n_tokens,))
+        self.doc_starts = self._map("docs.bin", np.dtype(np.int64), (self.n_docs,))
+        self.top_ids = self._map("top_ids.bin", self._top_dtype, (self.n_tokens, self.k))
+        self.top_logprobs = self._map("top_logprobs.bin", np.dtype(np.float16), (self.n_tokens, self.k))
+
+    @property
+    def kind(self) -> str:
+        """ "logprobs" or "sequence"."""
+        return self.meta["kd_kind"]
+
+    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        expected = int(np.prod(shape)) * dtype.itemsize
+        if not expected:
+            return np.empty(shape, dtype)
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else -1
+        if size != expected:
+            found = "is missing" if size < 0 else f"has {size} bytes"
+            raise UserError(f"{path} {found}, expected {expected}: the shard is damaged; pack the answers again")
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+    def windows(self, starts: Iterable[int], window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The windows that begin at these tokens, as `PackedData.tokens` counts them.
+
+        Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32.
+        """
+        spans = [slice(start, start + window) for start in starts]
+        tokens, ids, logprobs = (np.stack([x[span] for span in spans]) for x in (self.tokens, self.top_ids, self.top_logprobs))
+        wide = ids.astype(np.int64)
+        wide[ids == np.iinfo(self._top_dtype).max] = MISSING
+        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(wide), torch.from_numpy(logprobs.astype(np.float32))
+
+
+def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A record as a document: ids (T,), top ids (T, k), top logprobs (T, k)."""
+    ids = np.concatenate([record.prompt_ids, record.sampled_id]).astype(np.int64)
+    above = len(record.prompt_ids)
+    below = int(not len(ids) or ids[-1] != eot_id)
+    rows = ((above, below), (0, 0))
+    top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
+    top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
+    first = int(len(ids) > 1 and ids[0] == eot_id)
+    return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:]
+
+
+def pack_answers(
+    answers: Iterable[StoredAnswer],
+    tokenizer: PackingTokenizer,
+    output: str | Path,
+    *,
+    k: int = DEFAULT_K,
+    val_split: float = 0.05,
+    **meta: Any,
+) -> Counter[str]:
+    """Write `output`/train, val and tokenizer from answers (a `Store` is such), and replace what was there once it is whole.
+
+    Returns counts: documents, tokens and scored tokens of each split, duplicates, and the answers left out by reason.
+    Raises UserError where no answer can be used, or a split stays empty.
+    """
+    output = Path(output)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        counts = _pack(answers, tokenizer, temporary, k, val_split, meta)
+        if output.exists():
+            KDShard(output / "train")  # refuses to replace what is no shard of ours
+            shutil.rmtree(output)
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return counts
+
+
+def _pack(
+    answers: Iterable[StoredAnswer], tokenizer: PackingTokenizer, folder: Path, k: int, val_split: float, meta: dict[str, Any]
+) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    table, seen, models = TokenTable(tokenizer), set[bytes](), set[str]()
+    writers = {name: KDWriter(folder / name, tokenizer.model_vocab_size, k) for name in ("train", "val")}
+    for answer in answers:
+        try:
+            count = len(choices_of(answer.answer))
+        except Misaligned as error:
+            counts[f"left out: {error}"] += 1
+            continue
+        for index in range(count):
+            try:
+                record = parse_answer(answer.request, answer.answer, table, index, answer.prompt_ids)
+            except Misaligned as error:
+                counts[f"left out: {error}"] += 1
+                continue
+            ids, top_ids, top_logprobs = document(record, tokenizer.eot_id)
+            if not len(record.sampled_id):
+                counts["left out: empty"] += 1
+                continue
+            digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+            if digest in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(digest)
+            models.add(record.model)
+            rank = int.from_bytes(digest[:8], "big") / 2**64
+            writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs)
+    for name, writer in writers.items():
+        if not writer.n_docs and (name == "train" or val_split):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "the store is empty"
+            raise UserError(f"{len(seen):,} usable answers leave nothing for {name} ({reasons}); harvest more")
+        counts[f"{name} documents"], counts[f"{name} tokens"] = writer.n_docs, writer.n_tokens
+        counts[f"{name} scored tokens"] = writer.n_scored
+        writer.close(
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer="../tokenizer",
+            eot_id=tokenizer.eot_id,
+            pad_id=tokenizer.pad_id,
+            teacher=sorted(models),
+            val_split=val_split,
+            **meta,
+        )
+    tokenizer.save(folder / "tokenizer")
+    return counts

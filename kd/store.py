@@ -1,0 +1,230 @@
+"""A teacher's answers on disk: one SQLite file a teacher, one transaction an answer, kept exactly as received.
+
+An answer's key is the hash of the model, the whole request body and the version of the prompt template, so that the same
+question is never paid for twice; `put` returns only once the answer is on the disk (WAL, synchronous=FULL), and nothing
+may use an answer before. Any number of threads and processes may share a file on a local disk. The API key is no part
+of a request body, and so never gets here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+APPLICATION_ID = 0x4C464B44  # "LFKD", in SQLite's header: says whose file this is
+VERSION = 1
+PATIENCE_S = 60.0  # how long to wait for another process's transaction
+PAGE = 64  # rows read at once
+SCHEMA = """CREATE TABLE answers (
+    key BLOB PRIMARY KEY, model TEXT NOT NULL, template INTEGER NOT NULL, request BLOB NOT NULL, prompt_ids BLOB,
+    answer BLOB NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,
+    created REAL NOT NULL)"""
+COLUMNS = "key, model, template, request, prompt_ids, answer, prompt_tokens, completion_tokens, cost, created"
+
+
+def canonical(body: Mapping[str, Any]) -> bytes:
+    """A request body as JSON that does not depend on the order of its keys."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def request_key(model: str, body: Mapping[str, Any], template: int) -> bytes:
+    """What an answer is found by, 16 bytes."""
+    return hashlib.blake2b(canonical({"model": model, "body": body, "template": template}), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """A row. `prompt_ids`: the prompt as training text where the request does not say it; `cost`: dollars; `created`: UNIX."""
+
+    key: bytes
+    model: str
+    template: int
+    request: dict[str, Any]
+    prompt_ids: list[int] | None
+    answer: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    created: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a store; `cost` in dollars."""
+
+    answers: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+
+
+class Store:
+    """The store in `path`, made there if it is missing (unless `must_exist`). Close it, or use it in `with`.
+
+    Every method raises UserError for a file that is damaged, foreign, of another version, locked for long or on a full disk.
+    """
+
+    def __init__(self, path: str | Path, must_exist: bool = False) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            if must_exist or self.path.exists():
+                raise UserError(f"no teacher store at {path}: expected a file written by kd/harvest.py (make harvest)")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        with self._errors():
+            self._db = sqlite3.connect(self.path, timeout=PATIENCE_S, check_same_thread=False, isolation_level=None)
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self) -> None:
+        """Check whose file it is; lay out a new one, in one transaction, as several processes may do it at once."""
+        self._db.execute("BEGIN IMMEDIATE")
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        ours = self._db.execute("PRAGMA application_id").fetchone()[0]
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if not tables and not ours:
+            self._db.execute(SCHEMA)
+            self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        elif ours != APPLICATION_ID:
+            raise UserError(f"{self.path} is an SQLite file of something else, no teacher store; choose another --store")
+        elif version != VERSION:
+            raise UserError(
+                f"{self.path} has format version {version}, this code reads {VERSION}; harvest into another --store"
+            )
+        self._db.execute("COMMIT")
+        self._db.execute("PRAGMA synchronous = FULL")
+        deadline = time.monotonic() + PATIENCE_S
+        while True:  # the switch itself does not wait for another process's lock
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's errors as one line that says what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"teacher store {self.path}: {error}. What was stored before is intact; look for a full disk, a folder that "
+                "cannot be written, or another program that holds the file"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.path} is damaged or no SQLite file ({error}). Move it away, or save what can be read with "
+                f"`sqlite3 {self.path} .recover`"
+            ) from None
+
+    def put(
+        self,
+        body: Mapping[str, Any],
+        answer: bytes,
+        *,
+        model: str,
+        template: int,
+        prompt_ids: Sequence[int] | None = None,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        cost: float = 0.0,
+    ) -> bool:
+        """Commit the answer (JSON, as received) to the request `body`; False if there was one already, which stays."""
+        row = (
+            request_key(model, body, template),
+            model,
+            template,
+            zlib.compress(canonical(body)),
+            None if prompt_ids is None else zlib.compress(json.dumps([int(i) for i in prompt_ids]).encode()),
+            zlib.compress(answer),
+            prompt_tokens,
+            completion_tokens,
+            cost,
+            time.time(),
+        )
+        return self._insert(row)
+
+    def _insert(self, row: tuple[Any, ...]) -> bool:
+        marks = ", ".join("?" * len(row))
+        with self._errors(), self._lock:
+            return self._db.execute(f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({marks})", row).rowcount == 1
+
+    def tokens_of(self, key: bytes) -> int | None:
+        """The completion tokens of the answer with this key; None where there is none."""
+        with self._errors(), self._lock:
+            row = self._db.execute("SELECT completion_tokens FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.tokens_of(key) is not None
+
+    def __len__(self) -> int:
+        return self.totals().answers
+
+    def totals(self) -> Totals:
+        """Counts and cost of all answers."""
+        sums = "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), coalesce(sum(cost), 0.0)"
+        with self._errors(), self._lock:
+            return Totals(*self._db.execute(f"SELECT {sums} FROM answers").fetchone())
+
+    def get(self, key: bytes) -> StoredAnswer | None:
+        """The answer with this key; None where there is none."""
+        with self._errors(), self._lock:
+            row = self._db.execute(f"SELECT {COLUMNS} FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else self._unpack(row)
+
+    def __iter__(self) -> Iterator[StoredAnswer]:
+        """All answers in the order of their commit, those that come in meanwhile included. Memory does not grow."""
+        return map(self._unpack, self._rows())
+
+    def _unpack(self, row: tuple[Any, ...]) -> StoredAnswer:
+        key, model, template, request, prompt, answer, *figures = row
+        try:
+            ids = None if prompt is None else json.loads(zlib.decompress(prompt))
+            bodies = [json.loads(zlib.decompress(packed)) for packed in (request, answer)]
+        except (zlib.error, ValueError) as error:
+            raise UserError(f"{self.path}: the answer {key.hex()} is damaged ({error})") from None
+        return StoredAnswer(key, model, template, bodies[0], ids, bodies[1], *figures)
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        last = 0
+        while True:
+            with self._errors(), self._lock:
+                query = f"SELECT rowid, {COLUMNS} FROM answers WHERE rowid > ? ORDER BY rowid LIMIT {PAGE}"
+                rows = self._db.execute(query, (last,)).fetchall()
+            if not rows:
+                return
+            last = rows[-1][0]
+            for row in rows:
+                yield row[1:]
+
+    def merge(self, other: Store) -> int:
+        """Take over the answers of `other` that are not here; returns how many."""
+        return sum(self._insert(row) for row in other._rows())
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

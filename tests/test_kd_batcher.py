@@ -1,0 +1,168 @@
+"""Teacher's answers as packed shards: alignment, missing rows, sizes and versions, and that `PackedData` reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ae.chunks import PackedData
+from ae.tokenizer_adapter import TokenizerAdapter
+from configs.errors import UserError
+from kd.kd_batcher import KDShard, KDWriter, document, pack_answers
+from kd.records import MISSING, TeacherRecord
+from kd.store import Store, StoredAnswer
+
+
+def tops(*rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Top ids, and logprobs -1, -2, ... for those that are known."""
+    ids = np.array(rows)
+    return ids, np.where(ids == MISSING, np.nan, -np.arange(1.0, ids.shape[1] + 1)).astype(np.float32)
+
+
+def write(folder: Path, vocab_size: int = 100, k: int = 2) -> None:
+    writer = KDWriter(folder, vocab_size, k)
+    writer.add(np.array([5, 6, 0]), *tops([MISSING, MISSING, MISSING], [6, 7, 8], [0, 9, MISSING]))
+    writer.add(np.array([7, 0]), *tops([7], [MISSING]))
+    writer.close(tokenizer_fingerprint="f", tokenizer="t")
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_a_token"), [(100, 2 + 4 * 2), (65_536, 2 + 6 * 2), (151_936, 4 + 6 * 2)])
+def test_windows_are_aligned_with_packed_data(tmp_path: Path, vocab_size: int, bytes_a_token: int) -> None:
+    write(tmp_path, vocab_size)
+    shard, data = KDShard(tmp_path), PackedData(tmp_path)
+    assert (data.tokens == shard.tokens).all()
+    assert shard.doc_starts.tolist() == data.doc_starts.tolist() == [0, 3]
+    tokens, ids, logprobs = shard.windows([0, 1], 4)
+    assert tokens.tolist() == [[5, 6, 0, 7], [6, 0, 7, 0]]
+    assert ids.tolist()[1] == [[6, 7], [0, 9], [7, -1], [-1, -1]]
+    assert ids[0, 0].tolist() == [-1, -1]
+    assert logprobs[1][ids[1] >= 0].tolist() == [-1, -2, -1, -2, -1]
+    assert shard.meta["kd_scored"] == 3
+    assert shard.kind == "logprobs"
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.bin")) - (tmp_path / "docs.bin").stat().st_size
+    assert on_disk == shard.n_tokens * bytes_a_token
+
+
+def test_float16_keeps_what_it_says(tmp_path: Path) -> None:
+    logprobs = -np.geomspace(1e-4, 12, 50, dtype=np.float32)[:, None]
+    writer = KDWriter(tmp_path, 100, 1)
+    writer.add(np.zeros(50, dtype=np.int64), np.zeros((50, 1), dtype=np.int64), logprobs)
+    writer.close()
+    kept = KDShard(tmp_path).windows([0], 50)[2][0].numpy()
+    assert np.abs(kept - logprobs)[(logprobs > -1) & (logprobs < -0.5)].max() < 2.5e-4
+    assert np.abs(kept - logprobs).max() < 0.004
+
+
+def test_a_teacher_without_logprobs_gives_a_sequence_shard(tmp_path: Path) -> None:
+    writer = KDWriter(tmp_path, 100)
+    writer.add(np.array([5, 0]), *tops([], []))
+    writer.close()
+    shard = KDShard(tmp_path)
+    assert (shard.kind, shard.k) == ("sequence", 0)
+    assert shard.windows([0], 2)[1].shape == (1, 2, 0)
+    assert not (tmp_path / "top_ids.bin").exists()
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    writer = KDWriter(tmp_path, 100)
+    with pytest.raises(ValueError, match="id 100 is outside"):
+        writer.add(np.array([5]), *tops([100]))
+
+
+def damage(folder: Path, **changes: Any) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+
+
+def test_damage_is_told(tmp_path: Path) -> None:
+    def expect(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            KDShard(tmp_path)
+
+    expect("meta.json is missing")
+    write(tmp_path)
+    (tmp_path / "top_logprobs.bin").write_bytes(b"x" * 7)
+    expect("top_logprobs.bin has 7 bytes, expected 20")
+    (tmp_path / "top_ids.bin").unlink()
+    expect("top_ids.bin is missing")
+    damage(tmp_path, kd_dtype="int8")
+    expect("missing or wrong field")
+    damage(tmp_path, kd_kind=None)
+    expect("without a teacher's rows")
+    damage(tmp_path, version=2)
+    expect("format version 2")
+    (tmp_path / "meta.json").write_text("[]")
+    expect("not packed data")
+
+
+def record(prompt: list[int], sampled: list[int], rows: np.ndarray, logprobs: np.ndarray) -> TeacherRecord:
+    return TeacherRecord(
+        "generate", "m", "", "stop", np.array(prompt, np.int32), np.array(sampled, np.int32),
+        np.zeros(len(sampled), np.float32), rows.astype(np.int32), logprobs,
+    )  # fmt: skip
+
+
+def test_documents() -> None:
+    """Row t speaks of token t; the start-of-text goes, the end-of-text comes unless the teacher wrote it."""
+    ids, top_ids, _ = document(record([1, 5], [6, 7], *tops([6, 8], [7, 9])), eot_id=1)
+    assert ids.tolist() == [5, 6, 7, 1]
+    assert top_ids.tolist() == [[-1, -1], [6, 8], [7, 9], [-1, -1]]
+    ids, top_ids, _ = document(record([1], [6, 1], *tops([6], [1])), eot_id=1)
+    assert ids.tolist() == [6, 1]
+    assert top_ids.tolist() == [[6], [1]]
+
+
+def answers(tokenizer: TokenizerAdapter, texts: list[str]) -> list[StoredAnswer]:
+    """Answers in the shape of our own server, the second-best word always the end of text."""
+    out = []
+    for i, text in enumerate(texts):
+        ids = tokenizer.encode(text)
+        logprobs = {
+            "tokens": [tokenizer.decode([t]) for t in ids], "token_logprobs": [-0.5] * len(ids), "token_ids": ids,
+            "top_token_ids": [[t, tokenizer.eot_id] for t in ids], "top_token_logprobs": [[-0.5, -2.0]] * len(ids),
+        }  # fmt: skip
+        choice = {"text": text, "finish_reason": "length", "token_ids": ids, "logprobs": logprobs}
+        request = {"model": "m", "prompt": [tokenizer.eot_id], "logprobs": 2}
+        out.append(StoredAnswer(b"%d" % i, "m", 1, request, None, {"model": "m", "choices": [choice]}, 1, len(ids), 0.0, 0.0))
+    return out
+
+
+def test_answers_become_two_splits(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    texts = [f"def f{i}(): return {i}" for i in range(60)]
+    broken = answers(tokenizer, ["abc"])[0]
+    broken.answer["choices"][0]["text"] = "something else"
+    stored = [*answers(tokenizer, [*texts, texts[0]]), broken]
+    counts = pack_answers(stored, tokenizer, tmp_path / "kd", k=3, val_split=0.3, seq_len=32)
+    assert counts["train documents"] + counts["val documents"] == 60
+    assert counts["duplicates"] == 1
+    assert counts["left out: the tokens' bytes differ from the text"] == 1
+    train, val = PackedData.pair(tmp_path / "kd")
+    assert TokenizerAdapter.load(train.tokenizer).fingerprint == train.fingerprint == tokenizer.fingerprint
+    found = {tokenizer.decode(doc) for data in (train, val) for doc in np.split(data.tokens, data.doc_starts[1:])}
+    assert found == set(texts)
+    shard = KDShard(tmp_path / "kd" / "train")
+    tokens, top_ids, _ = shard.windows([0], shard.n_tokens)
+    told = tokens[0] != tokenizer.eot_id
+    assert (top_ids[0, told, 0] == tokens[0, told]).all()
+    assert (top_ids[0, told, 1] == tokenizer.eot_id).all()
+    assert (top_ids[0, ~told] == MISSING).all()
+    assert shard.meta["teacher"] == ["m"]
+
+    again = pack_answers(reversed(stored), tokenizer, tmp_path / "kd", k=3, val_split=0.3)
+    assert again["val documents"] == counts["val documents"]  # the split does not depend on the order
+
+
+def test_nothing_usable_and_foreign_folders(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    with Store(tmp_path / "s.sqlite") as store, pytest.raises(UserError, match="the store is empty"):
+        pack_answers(store, tokenizer, tmp_path / "kd")
+    assert not (tmp_path / "kd").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    stored = answers(tokenizer, [f"x = {i}" for i in range(40)])
+    with pytest.raises(UserError, match="no shard"):
+        pack_answers(stored, tokenizer, tmp_path / "mine", val_split=0.3)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["mine"]

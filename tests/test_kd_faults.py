@@ -1,0 +1,320 @@
+"""Faults for real: servers on loopback that misbehave, kill -9, and a key that must not show up anywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, World, run_script
+from faulty_server import ByteTokenizer, FaultyServer, harvest_in_a_child
+
+from ae.chunks import PackedData
+from configs.errors import UserError
+from kd import harvest as harvest_script
+from kd.harvest import HarvestConfig, Summary, harvest, request_of
+from kd.kd_client import Settings, Stopped
+from kd.limits import Patience
+from kd.records import Misaligned, TokenTable, parse_answer
+from kd.store import Store
+
+KEY = "sk-a-very-secret-key-0123456789"
+QUICK = Patience(timeout_s=2.0, backoff_s=0.005, longest_s=0.05, failures=9, window_s=0.02)
+TRANSIENT = ["429", "429 after", "500", "503", "slow", "reset", "truncated", "shape"]
+ODD = ["odd null", "odd nan", "odd -9999", "odd duplicate", "odd fragment"]
+
+
+def write_prompts(path: Path, n: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"prompt {i}"}) + "\n" for i in range(n)))
+    return path
+
+
+def config(tmp_path: Path, n: int, **more: Any) -> HarvestConfig:
+    """One pass over n chat prompts."""
+    values = {"prompts": str(write_prompts(tmp_path / "p.jsonl", n)), "store": str(tmp_path / "t.sqlite"), "mode": "chat"}
+    return HarvestConfig(**{**values, "temperature": 0.0, "n_tokens": 10**9, **more})
+
+
+def quiet(cfg: HarvestConfig, url: str, patience: Patience = QUICK) -> Summary:
+    return harvest(cfg, Settings(url, "teacher", KEY), patience, log=lambda line: None)
+
+
+def until_used_up(cfg: HarvestConfig, url: str, stops: int = 9) -> list[str]:
+    """Run the same command again and again, as a user would, until all prompts are used; what stopped the runs before."""
+    reasons: list[str] = []
+    while len(reasons) <= stops:
+        try:
+            quiet(cfg, url)
+        except UserError as error:
+            if "used up at" in str(error) and "budget" not in str(error):
+                return reasons
+            reasons.append(str(error))
+    raise AssertionError(reasons)
+
+
+def test_two_thousand_requests_against_a_server_that_fails_in_every_way(tmp_path: Path) -> None:
+    """Every answerable prompt is answered exactly once; what cannot be aligned is counted, not guessed."""
+    n, rng = 2000, random.Random(0)
+    bad = {f"prompt {i}": status for i, status in zip(range(50, n, 150), ["400", "413", "415", "422"] * 9, strict=False)}
+    once = {700: "swapped", 1300: "402", 400: "hung", 900: "hung"}
+
+    def behave(number: int, prompt: str) -> str:
+        if prompt in bad:
+            return bad[prompt]
+        if number in once:
+            return once.pop(number)
+        if rng.random() < 0.08:
+            return rng.choice(TRANSIENT)
+        kind = int(prompt.split()[1])
+        return ODD[kind // 10 % len(ODD)] if kind % 10 == 7 else "good"
+
+    with FaultyServer(behave) as server:
+        reasons = until_used_up(config(tmp_path, n, concurrency=16), server.url)
+    assert len(reasons) == 2 and "another-teacher" in reasons[0] and "HTTP 402" in reasons[1]
+    delivered = Counter(prompt for prompt, what, _ in server.log if what in ("good", "slow", *ODD))
+    answerable = {f"prompt {i}" for i in range(n)} - bad.keys()
+    assert set(delivered) == answerable and set(delivered.values()) == {1}
+    kinds: Counter[str] = Counter()
+    with Store(tmp_path / "t.sqlite") as store:
+        rows = list(store)
+    assert sorted(row.request["messages"][-1]["content"] for row in rows) == sorted(answerable)
+    table = TokenTable(ByteTokenizer())
+    for row in rows:
+        try:
+            kinds["with logprobs" if parse_answer(row.request, row.answer, table).has_logprobs else "text alone"] += 1
+        except Misaligned as error:
+            kinds[str(error)] += 1
+    odd = Counter(what for prompt, what, _ in server.log if what in ODD)
+    assert kinds["text alone"] == odd["odd null"] > 20 and len(kinds) == 3
+    assert kinds["the tokens' bytes differ from the text"] == odd["odd fragment"] > 20  # a last entry that is no token
+
+
+def test_kill_9_twenty_times(tmp_path: Path) -> None:
+    """At random moments: nothing committed goes missing, and no committed prompt is asked again."""
+    n, rng = 4000, random.Random(1)
+    prompts, path = write_prompts(tmp_path / "p.jsonl", n), tmp_path / "t.sqlite"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faulty_server", "kd.harvest"])  # light, so that a child starts at once
+    committed: set[str] = set()
+
+    def stored() -> set[str]:
+        if not path.exists():
+            return set()
+        with Store(path) as store:
+            return {row.request["messages"][-1]["content"] for row in store}
+
+    with FaultyServer(latency_s=0.01) as server:
+        for _ in range(20):
+            asked_before = len(server.log)
+            child = context.Process(target=harvest_in_a_child, args=(str(prompts), str(path), server.url))
+            child.start()
+            deadline = time.monotonic() + 20
+            while len(server.log) == asked_before and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.15))
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            assert not committed & set(server.asked()[asked_before:])
+            now = stored()
+            assert committed <= now
+            committed = now
+        assert 20 < len(committed) < n
+    assert len(server.log) - len(committed) <= 20 * (8 + 1)  # what was in flight when a run was killed, at most, is lost
+
+
+def test_interrupt_keeps_what_is_in_flight(tmp_path: Path) -> None:
+    """The first Ctrl-C sends nothing more and commits every answer that is on its way."""
+    prompts = write_prompts(tmp_path / "p.jsonl", 500)
+    with FaultyServer(latency_s=0.2) as server:
+        flags = [
+            "--prompts",
+            prompts,
+            "--store",
+            tmp_path / "t.sqlite",
+            "--mode",
+            "chat",
+            "--base_url",
+            server.url,
+            "--model",
+            "teacher",
+        ]
+        environment = {**os.environ, "VENICE_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "kd.harvest", *map(str, flags)]
+        child = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 20
+        while len(server.log) < 12 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        out, error = child.communicate(timeout=20)
+    assert child.returncode == 130 and "finishing the requests that are in flight" in error and "Traceback" not in error
+    with Store(tmp_path / "t.sqlite") as store:
+        assert len(store) == len(server.log) >= 12
+    assert KEY not in out + error
+
+
+def test_the_key_shows_up_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not in logs at the finest level, output, errors, tracebacks with their causes, reprs, or any byte of the store."""
+    caplog.set_level(logging.DEBUG)
+    said: list[str] = []
+    for what in ("401", "402", "404", "400", "500", "echo key", "reset", "swapped", "302", "good"):
+        with FaultyServer(lambda number, prompt, what=what: what) as server:  # its errors repeat the key
+            settings = Settings(server.url, "teacher", KEY)
+            said.append(repr(settings))
+            cfg = config(tmp_path, 30, concurrency=4)
+            try:
+                harvest(cfg, settings, Patience(attempts=2, backoff_s=0.001, window_s=0.01), log=said.append)
+            except UserError as error:
+                said += traceback.format_exception(error)
+                said += [repr(error), repr(error.__cause__), repr(error.__context__)]
+    monkey = Settings("http://127.0.0.1:1/v1", "teacher", KEY)
+    with pytest.raises(UserError) as caught:
+        harvest(cfg, monkey, Patience(attempts=2, backoff_s=0.001), log=said.append)
+    said += traceback.format_exception(caught.value)
+    everything = "\n".join([*said, caplog.text, *capfd.readouterr()])
+    assert "[key]" in everything and "used up at" in everything  # it was there to be seen, and the good run went through
+    assert KEY not in everything
+    for file in tmp_path.iterdir():
+        assert KEY.encode() not in file.read_bytes()
+    with Store(tmp_path / "t.sqlite") as store:
+        assert len(store) == 30 and all(KEY not in json.dumps([row.request, row.answer]) for row in store)
+
+
+# -------------------------------------------------------------------------------------------------------- harvesting
+def test_harvest_from_packed_data(packed: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Prompts are the beginnings of documents, as ids; the same command asks for nothing again, and more for more tokens."""
+    monkeypatch.chdir(tmp_path)
+    with FaultyServer() as server:
+        flags = ["--data", packed.data, "--base_url", server.url, "--model", "teacher", "--prompt_tokens", 5, "--text_prompts"]
+        assert run_script(harvest_script, *flags, "--n_tokens", 30, "--dry_run") == 0 and not server.log
+        assert "estimate for 30 tokens" in capsys.readouterr().err
+        for n_tokens, requests in ((30, 10), (30, 10), (45, 15)):
+            assert run_script(harvest_script, *flags, "--n_tokens", n_tokens, "--concurrency", 1) == 0
+            assert len(server.log) == requests
+    out = capsys.readouterr().err
+    assert "10 answers (10 from earlier runs)" in out and "15 answers (10 from earlier runs)" in out
+    data = PackedData(packed.data / "train")
+    with Store(tmp_path / "data" / "teacher" / "teacher.sqlite") as store:
+        rows = list(store)
+    assert rows[0].prompt_ids == data.tokens[:5].tolist() and "prompt" in rows[0].request
+    assert len({row.request["seed"] for row in rows}) == 15
+
+
+def test_harvest_from_nothing(packed: World, tmp_path: Path) -> None:
+    tokenizer = str(packed.root / "tokenizer")
+    with FaultyServer() as server:
+        cfg = HarvestConfig(n_tokens=9, tokenizer=tokenizer, store=str(tmp_path / "t"), concurrency=1)
+        summary = quiet(cfg, server.url)
+        assert server.asked() == ["[0]"] * 3 and summary.answers == 3 and summary.tokens == 9
+        with Store(tmp_path / "t") as store:
+            assert {row.request["seed"] for row in store} == {1, 2, 3} and [row.prompt_ids for row in store] == [[]] * 3
+
+
+def test_bodies_are_what_each_server_understands() -> None:
+    """And nothing else: Venice and OpenAI refuse vLLM's fields. The same index gives the same body."""
+    tokenizer, cfg = ByteTokenizer(), HarvestConfig(max_new_tokens=7, seed=2)
+    venice, local = Settings("https://api.venice.ai/api/v1", "m", KEY), Settings("http://127.0.0.1:1/v1", "m", KEY)
+    job = request_of(cfg, venice, tokenizer, True, 5, {"prompt": "hi"})
+    assert job == request_of(cfg, venice, tokenizer, True, 5, {"prompt": "hi"})
+    assert job.prompt_ids == [*b"hi", tokenizer.eot_id] and job.body == {
+        "model": "m", "temperature": 1.0, "seed": 2_000_012, "max_completion_tokens": 7,
+        "venice_parameters": {"include_venice_system_prompt": False, "disable_thinking": True},
+        "messages": [{"role": "user", "content": "hi"}],
+    }  # fmt: skip
+    job = request_of(cfg, venice, tokenizer, True, 5, {"text": "Once"})
+    assert job.prompt_ids == [*b"Once"] and job.body["messages"][0]["content"].endswith("\n\nOnce")
+    job = request_of(cfg, local, tokenizer, False, 5, {"ids": [1, 2]})
+    assert job.prompt_ids == [1, 2] and job.body["prompt"] == [tokenizer.eot_id, 1, 2] and job.body["max_tokens"] == 7
+    assert job.body["return_token_ids"] and "venice_parameters" not in job.body
+
+
+def test_a_budget_counts_earlier_runs(tmp_path: Path) -> None:
+    """Running the same command again spends nothing more; a larger budget goes on."""
+    price = {"input": {"usd": 0}, "output": {"usd": 1000}}  # an answer of 3 tokens: $0.003
+    with FaultyServer() as server:
+        server.models = [{"id": "teacher", "model_spec": {"pricing": price}}]
+        for budget, answers in ((0.0105, 3), (0.0105, 3), (0.0165, 5)):
+            cfg = config(tmp_path, 50, max_new_tokens=3, budget_usd=budget, concurrency=4)
+            with pytest.raises(Stopped, match="the budget is used up"):
+                quiet(cfg, server.url)
+            assert len(server.log) == answers
+            with Store(tmp_path / "t.sqlite") as store:
+                assert store.totals().cost == pytest.approx(0.003 * answers)
+
+
+def test_no_logprobs_there_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    with FaultyServer(lambda number, prompt: "odd null") as server:
+        server.models = [
+            {"id": name, "model_spec": {"capabilities": {"supportsLogProbs": has}}}
+            for name, has in (("teacher", False), ("better", True))
+        ]
+        cfg = config(tmp_path, 5, n_tokens=6, temperature=1.0)
+        summary = harvest(cfg, Settings(server.url, "teacher"), QUICK, log=said.append)
+    text = "\n".join(said)
+    assert summary.top_logprobs is None and "sequence-level" in text and "that give logprobs: better" in text
+
+
+def test_a_wrong_tokenizer_stops_before_it_costs_much(packed: World, tmp_path: Path) -> None:
+    """The server's words are no tokens of a byte tokenizer that was trained on other text."""
+    with FaultyServer(lambda number, prompt: "odd fragment") as server:
+        cfg = config(tmp_path, 500, tokenizer=str(packed.root / "tokenizer"), concurrency=2)
+        with pytest.raises(Stopped, match="none of 20 answers aligns"):
+            quiet(cfg, server.url)
+        assert len(server.log) <= 25
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"data": None, "prompts": None}, "a chat needs prompts"),
+        ({"data": "x"}, "not both"),
+        ({"prompts": "/nowhere"}, "cannot be read"),
+        ({"mode": "completions"}, "give --tokenizer"),
+        ({"prompts": __file__}, r"test_kd_faults\.py:1: expected a JSON object"),
+        ({"budget_usd": 1.0}, "lists no price"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    with FaultyServer() as server:
+        cfg = config(tmp_path, 2)
+        for key, value in flags.items():
+            setattr(cfg, key, value)
+        with pytest.raises(UserError, match=message):
+            harvest_without_tokenizer(cfg, server.url)
+        assert not server.log
+
+
+def harvest_without_tokenizer(cfg: HarvestConfig, url: str, load: Callable[[HarvestConfig], None] = lambda cfg: None) -> None:
+    before = harvest_script.load_tokenizer
+    harvest_script.load_tokenizer = load  # type: ignore[assignment]
+    try:
+        quiet(cfg, url)
+    finally:
+        harvest_script.load_tokenizer = before
+
+
+def test_lines_that_are_no_prompts(tmp_path: Path) -> None:
+    cfg = config(tmp_path, 2)
+    Path(str(cfg.prompts)).write_text('{"prompt": "a"}\n\n{"other": 1}\n')
+    with FaultyServer() as server, pytest.raises(UserError, match=r"p\.jsonl:3: expected a JSON object"):
+        quiet(cfg, server.url)
+
+
+def test_kd_is_light_to_import() -> None:
+    code = "import sys, kd.harvest; assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
