@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOGITS = 1 << 27  # elements of a logits buffer: half a GiB in float32
+MAX_LOGITS = 1 << 26  # elements of a logits buffer: a quarter of a GiB in float32
 NOTHING = -1e30  # the logit of an empty bucket; finite, so that 0 times it is 0
 
 

@@ -1,0 +1,34 @@
+"""Every target is listed with a line, and `make clean` leaves what is not ours alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(*arguments: str, cwd: Path) -> str:
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = set(re.search(r"^\.PHONY: (.*)$", text, re.M).group(1).split())  # type: ignore[union-attr]
+    listed = dict(re.findall(r"^  ([a-z-]+) +(\S.*)$", make("help", cwd=ROOT), re.M))
+    assert phony <= set(listed)
+    assert phony == {name for name in re.findall(r"^([a-z-]+):", text, re.M)}
+
+
+def test_clean_leaves_the_users_files(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    theirs = [".env", "data/mine.jsonl", "data/teacher/model.sqlite", "checkpoints/ae.pt", "runs/student/metrics.jsonl"]
+    ours = ["runs/demo/report.md", "runs/demo-quick/report.md", ".venv/installed", "ae/__pycache__/x.pyc", ".mypy_cache/x"]
+    for name in [*theirs, *ours]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    make("clean", cwd=tmp_path)
+    assert [name for name in theirs if not (tmp_path / name).exists()] == []
+    assert [name for name in ours if (tmp_path / name).exists()] == []
