@@ -69,12 +69,11 @@ def reconstruction(
 def main() -> None:
     cfg = parse_config(AETrainConfig, __doc__)
     train, val = PackedData.pair(cfg.data)
-    setup = loop.start("ae", cfg)
-    model = Autoencoder(AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)).to(
-        setup.device
-    )
+    shape = AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
+    setup = loop.start("ae", cfg)
+    model = Autoencoder(shape).to(setup.device)
     setup.run.log(f"ae: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {cfg.batch_size} chunks")
 
     def loss(chunks: Tensor) -> loop.Losses:

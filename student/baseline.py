@@ -123,10 +123,11 @@ def mean_nll(model: Any, data: PackedData, setup: loop.Setup, limit: int, batch_
 def main() -> None:
     cfg = parse_config(LMTrainConfig, __doc__)
     train, val = PackedData.pair(cfg.data)
-    setup = loop.start("token_model", cfg)
-    model = TokenModel(BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])).to(setup.device)
-    windows = TrainWindows(train, model.cfg.context, cfg.batch_size, cfg.seed)
+    shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])
+    windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
+    setup = loop.start("token_model", cfg)
+    model = TokenModel(shape).to(setup.device)
     setup.run.log(f"token_model: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps")
 
     def loss(tokens: Tensor) -> loop.Losses:

@@ -48,25 +48,23 @@ def main() -> None:
     train, val = PackedData.pair(cfg.data)
     check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, cfg.data)
     cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
-    setup = loop.start("student", cfg)
-    model = Student(
-        StudentConfig(
-            **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim,
-            ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
-            local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents,
-        )
+    if cfg.latents == "none":
+        cfg.mse_w = 0.0  # no latent is predicted
+    shape = StudentConfig(
+        **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim,
+        ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
+        local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents,
     )  # fmt: skip
+    windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
+    total = loop.total_steps(cfg, windows.steps_per_epoch)
+    setup = loop.start("student", cfg)
+    model = Student(shape)
     model.ae.load_state_dict(frozen.state_dict())
     model.to(setup.device)
     frozen.to(setup.device).requires_grad_(False)
-    windows = TrainWindows(train, model.cfg.context, cfg.batch_size, cfg.seed)
-    total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
-
     if cfg.head == "energy":
         setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w and base_w are not used")
-    if cfg.latents == "none":
-        cfg.mse_w = 0.0  # nothing is predicted
 
     def loss(tokens: Tensor, pads: Tensor) -> loop.Losses:
         if cfg.head == "energy":

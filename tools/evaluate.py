@@ -63,9 +63,9 @@ class Measure:
         self.right.append(right.cpu())
         if isinstance(model, Student):
             self.swapped.append(score(model.hidden(tokens, others)[:, k:], model.table, targets)[0].cpu())
-        if self.brier_windows > 0:
+        chunks = torch.arange(1, (tokens.shape[1] - N - k + 1) // k + 1)  # of those that leave room for any n-gram
+        if self.brier_windows > 0 and len(chunks):
             self.brier_windows -= len(tokens)
-            chunks = torch.arange(1, (tokens.shape[1] - N - k + 1) // k + 1)
             anywhere = chunks * k + torch.from_numpy(rng.integers(k, size=len(chunks)))
             for name, starts in (("chunk start", chunks * k), ("all", anywhere)):
                 self.collision[name].append(collisions(model, tokens, starts.to(tokens.device)).cpu())
@@ -73,15 +73,15 @@ class Measure:
     def figures(self) -> dict[str, Any]:
         nll, right, k = torch.cat(self.nll), torch.cat(self.right).float(), self.k
         p_true = ngram_probabilities(nll)  # (4, n, T - K - 3)
-        brier = {
-            name: brier_lm(p.mean((1, 2)), torch.cat(self.collision[name], dim=1).mean((1, 2)))
-            for name, p in (("chunk start", p_true[:, :, ::k]), ("all", p_true))
-        }
+        brier = {}  # stays empty where the context is too short for an n-gram after its first chunk
+        for name, p in (("chunk start", p_true[:, :, ::k]), ("all", p_true)):
+            if self.collision[name]:
+                brier[name] = brier_lm(p.mean((1, 2)), torch.cat(self.collision[name], dim=1).mean((1, 2)))
         out = {
             "bits_per_byte": nll.sum().item() / math.log(2) / self.n_bytes,
             "nats_per_token": nll.mean().item(),
-            "brier_lm": brier["chunk start"],
-            "brier_lm_all": brier["all"],
+            "brier_lm": brier.get("chunk start"),
+            "brier_lm_all": brier.get("all"),
             "nll_by_position": nll.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
             "accuracy": right.mean().item(),
             "accuracy_by_position": right.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
@@ -100,16 +100,17 @@ def evaluate(
     n = min(limit or data.windows(context), data.windows(context))
     if n < 2:
         raise UserError(f"{data.folder} holds {data.windows(context)} windows of {context} tokens; at least 2 are needed")
-    windows = torch.from_numpy(data.tokens[: n * context].reshape(n, context).astype(np.int64))
+    windows = data.tokens[: n * context].reshape(n, context)  # still on disk
     byte_lengths, half = byte_lengths.to(device), n // 2  # the latents of window i + n/2: another document's
     measures = {name: Measure(model, byte_lengths, 64) for name, model in models.items()}
     for measure in measures.values():
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         for i in range(0, n, BATCH):
-            index = torch.arange(i, min(i + BATCH, n))
+            index = np.arange(i, min(i + BATCH, n))
+            tokens, others = (torch.from_numpy(windows[j].astype(np.int64)).to(device) for j in (index, (index + half) % n))
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
-                measure.add(windows[index].to(device), windows[(index + half) % n].to(device), rng)
+                measure.add(tokens, others, rng)
     return {
         name: {**measure.figures(), "windows": n, "tokens": n * (context - measure.k)} for name, measure in measures.items()
     }
