@@ -98,5 +98,5 @@ test-kd: setup ## tests of teacher, store, client and their faults
 	$(PY) -m pytest tests/test_local_teacher.py tests/test_kd_*.py tests/test_verify_api.py $(ARGS)
 
 clean: ## remove .venv, caches and the demos' runs; never .env, data/, checkpoints/ or a teacher store
-	rm -rf $(VENV) runs/demo runs/demo-quick *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs/demo runs/demo-quick *.egg-info build .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './data/*' -prune -exec rm -rf {} +
