@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FILE_ERRORS = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 EXIT_INTERRUPTED = 130
 
 
@@ -30,9 +32,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in FILE_ERRORS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "free some space or choose another folder" if error.errno in FULL else "expected a path that can be used"
+        print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr)
         code = EXIT_USER_ERROR
     sys.exit(code)

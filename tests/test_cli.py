@@ -124,3 +124,6 @@ def test_plot(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert run_script(plot, tmp_path) == 2
     assert "no run in" in capsys.readouterr().err
+    assert run_script(plot, world.root / "run", "--output", tmp_path / "nowhere" / "p.png") == 2
+    error = capsys.readouterr().err
+    assert "nowhere/p.png: No such file or directory" in error and error.count("\n") == 1
