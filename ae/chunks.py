@@ -167,10 +167,13 @@ class TrainWindows:
         phase, *keys = _epoch_numbers(self.seed, epoch)
         return phase % self.window + permuted(index, self.per_epoch, keys) * self.window
 
+    def starts(self, step: int) -> list[int]:
+        """Where the windows of `step` begin in `data.tokens`."""
+        return [self._start(step * self.batch_size + i) for i in range(self.batch_size)]
+
     def batch(self, step: int) -> torch.Tensor:
         """The windows of `step`, (batch_size, window) int64."""
-        starts = (self._start(step * self.batch_size + i) for i in range(self.batch_size))
-        rows = np.stack([self.data.tokens[s : s + self.window] for s in starts])
+        rows = np.stack([self.data.tokens[s : s + self.window] for s in self.starts(step)])
         return torch.from_numpy(rows.astype(np.int64))
 
 

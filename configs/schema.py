@@ -89,6 +89,15 @@ class LMTrainConfig(TrainConfig):
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
+    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional", low=0)
+    use_kd: bool = opt(False, "distill: train on a teacher's text, and on its logprobs where it tells them")
+    kd_w: float = opt(1.0, "weight of the KL from the teacher; without logprobs it is added to --ce_w", low=0)
+    kd_temperature: float = opt(1.0, "temperature of both sides of that KL", low=1e-9)
+    kd_data: str | None = opt(None, "answers packed by kd/kd_batcher.py; unset: --data if it is such, else --kd_store's")
+    kd_store: str | None = opt(None, "the teacher's answers, as of kd/harvest.py; unset: data/teacher/MODEL.sqlite")
+    kd_tokens: int = opt(1_000_000, "tokens of the teacher's text to harvest first while the store holds fewer", low=1)
+    kd_k: int = opt(20, "teacher's words a position to ask for and to pack", low=1)
+    kd_budget_usd: float | None = opt(None, "most dollars that the store may cost, earlier runs included", low=0)
 
 
 @dataclass
@@ -100,7 +109,6 @@ class StudentTrainConfig(LMTrainConfig):
         None, "tokens a chunk; unset: the AE's (must agree when given)"
     )
     latent_dim: int | None = opt(None, "D; unset: the AE's (must agree when given)")
-    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional", low=0)
     mse_w: float = opt(1.0, "weight of the squared error between predicted and true next latent", low=0)
     base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone", low=0)
     local_layers: int = opt(2, "layers of the local decoder")

@@ -5,7 +5,8 @@
 The teacher is VENICE_BASE_URL, VENICE_API_KEY and VENICE_MODEL, from the environment or .env. Prompts are the beginnings of
 packed documents (--data), JSON lines (--prompts: `text` to be continued, `prompt` to be answered, or chat `messages`), or
 neither: a base model's start of text, which is the tokenizer's end-of-text token. They are used in order, and again with
-other seeds when all were used.
+other seeds when all were used. With --mode score the teacher writes nothing: it tells the logprobs of --data's own text,
+where the server can (vLLM, kd/local_teacher.py).
 
 Request i is a function of the settings, the prompts and i alone, and an answer is committed before it is used. So the same
 command run again, after a kill, a spent budget or for more tokens, asks for what is missing and for nothing else. The
@@ -65,9 +66,11 @@ class HarvestConfig:
     store: str | None = opt(None, "SQLite file of this teacher; unset: data/teacher/MODEL.sqlite")
     base_url: str | None = opt(None, "server, up to /v1; unset: VENICE_BASE_URL")
     model: str | None = opt(None, "teacher; unset: VENICE_MODEL")
-    mode: str = opt("auto", "chat, completions, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions"))
+    mode: str = opt(
+        "auto", "chat, completions, score, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions", "score")
+    )
     text_prompts: bool = opt(False, "completions: send prompts as text, for servers that take no token ids")
-    max_new_tokens: int = opt(512, "most tokens of an answer", low=1)
+    max_new_tokens: int = opt(512, "most tokens of an answer (--mode score: of the text that a request scores)", low=1)
     temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
     top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
     seed: int = opt(0, "of the requests' seeds", low=0)
@@ -126,6 +129,14 @@ class Prompts:
     def __init__(self, cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None) -> None:
         self.cfg, self.settings, self.tokenizer = cfg, settings, tokenizer
         self.chat = uses_chat(cfg.mode, settings)
+        if cfg.mode == "score":
+            if not cfg.data:
+                raise UserError("--mode score needs the text to be scored: give --data")
+            if settings.is_hosted or cfg.text_prompts:
+                raise UserError(
+                    "--mode score needs a server that takes token ids and echoes them with logprobs, such as vLLM or "
+                    "kd/local_teacher.py; Venice and OpenAI score only what they write: use --mode chat"
+                )
         if cfg.data and cfg.prompts:
             raise UserError("give --data or --prompts, not both")
         if self.chat and not (cfg.data or cfg.prompts):
@@ -142,8 +153,13 @@ class Prompts:
                 index += 1
             if index == first:
                 raise UserError(f"{self.cfg.data or self.cfg.prompts} holds no prompts")
-            if self.cfg.temperature == 0:
+            if self.one_pass:
                 return
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether asking again would give the same answers."""
+        return self.cfg.temperature == 0 or self.cfg.mode == "score"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if self.cfg.prompts:
@@ -153,9 +169,14 @@ class Prompts:
 
             data = PackedData(Path(self.cfg.data) / "train")
             starts = data.doc_starts
-            for i, start in enumerate(starts):
-                end = starts[i + 1] if i + 1 < len(starts) else data.n_tokens
-                ids = data.tokens[start : min(int(start) + self.cfg.prompt_tokens, int(end) - 1)].tolist()  # no end-of-text
+            for i, start in enumerate(map(int, starts)):
+                end = int(starts[i + 1] if i + 1 < len(starts) else data.n_tokens)
+                if self.cfg.mode == "score":
+                    for first in range(start, end, self.cfg.max_new_tokens):
+                        piece = data.tokens[first : min(first + self.cfg.max_new_tokens, end)].tolist()
+                        yield {"score": [*([data.meta["eot_id"]] if first == start else []), *piece]}
+                    continue
+                ids = data.tokens[start : min(start + self.cfg.prompt_tokens, end - 1)].tolist()  # no end-of-text
                 if ids:
                     yield {"ids": ids}
         else:
@@ -165,7 +186,16 @@ class Prompts:
 def request_of(
     cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None, chat: bool, index: int, row: dict[str, Any]
 ) -> Job:
-    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"} or {"ids"}."""
+    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"}, {"ids"}, or {"score"}: ids to be scored."""
+    if "score" in row:
+        scoring = {
+            "echo": True,
+            "max_tokens": 0,
+            "temperature": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        return Job({"model": settings.model, "prompt": row["score"], **scoring}, row["score"])
     body: dict[str, Any] = {
         "model": settings.model,
         "temperature": cfg.temperature,
@@ -250,7 +280,9 @@ class Harvest:
         self._estimate(first)
         with tqdm(total=cfg.n_tokens, unit="tok", unit_scale=True, desc="harvest", mininterval=0.5) as self.bar:
             await client.run(self._missing(), self._handle)
-        if self.summary.tokens < cfg.n_tokens:
+        if self.summary.tokens < cfg.n_tokens and cfg.mode == "score":
+            self.log(f"all of {cfg.data} is scored: {self.summary.tokens:,} tokens")
+        elif self.summary.tokens < cfg.n_tokens:
             raise UserError(
                 f"the prompts are used up at {self.summary.tokens:,} of {cfg.n_tokens:,} tokens: at temperature 0 each is used "
                 "once; bring more, or raise --temperature"
@@ -310,6 +342,10 @@ class Harvest:
         self.summary.tokens += tokens
         self.bar.update(tokens)
 
+    def _taught(self, answer: Answer) -> int:
+        """Tokens that the teacher wrote, or scored."""
+        return answer.prompt_tokens if self.cfg.mode == "score" else answer.completion_tokens
+
     async def _handle(self, job: Job, outcome: Answer | Dropped) -> None:
         """Commit an answer, then count it."""
         summary = self.summary
@@ -318,7 +354,7 @@ class Harvest:
         else:
             self._note(await asyncio.to_thread(self._commit, job, outcome))
             summary.answers += 1
-            self._count(outcome.completion_tokens)
+            self._count(self._taught(outcome))
             summary.spent = self.client.spent
         self.bar.set_postfix_str(
             f"{summary.answers + summary.found} answers, ${self.client.spent:.4f}, {self.client.errors.total()} retries, "
@@ -347,7 +383,7 @@ class Harvest:
             template=TEMPLATE,
             prompt_ids=job.prompt_ids,
             prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.completion_tokens,
+            completion_tokens=self._taught(answer),
             cost=answer.cost,
         )
         if self.table is not None:
@@ -364,10 +400,13 @@ class Harvest:
         prompts = calls * (cfg.prompt_tokens if cfg.data else 1)
         if cfg.prompts:
             prompts = calls * request_tokens(next(iter(self.prompts)).body)[0]
-        dollars = client.model.cost(prompts, cfg.n_tokens)
-        minutes = max(calls / client.gate.rpm, (prompts + cfg.n_tokens) / client.gate.tpm)
+        written = cfg.n_tokens
+        if cfg.mode == "score":
+            prompts, written = written, 0
+        dollars = client.model.cost(prompts, written)
+        minutes = max(calls / client.gate.rpm, (prompts + written) / client.gate.tpm)
         if first is not None:
-            minutes = max(minutes, cfg.n_tokens / first.completion_tokens * first.seconds / client.concurrency / 60)
+            minutes = max(minutes, cfg.n_tokens / max(1, self._taught(first)) * first.seconds / client.concurrency / 60)
         self.log(
             f"estimate for {cfg.n_tokens:,} tokens, less what {self.store.path} holds already: {calls:,} calls or more, "
             f"{prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "

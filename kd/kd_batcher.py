@@ -1,5 +1,7 @@
 """A teacher's stored answers -> packed training shards with its top-k logprobs beside every token, memory-mapped.
 
+    python kd/kd_batcher.py --store data/teacher/MODEL.sqlite --tokenizer data/tokenizer --output data/teacher/packed
+
 A shard is a packed split of `ae/chunks.py` (its `PackedData` reads it as plain training text) with two more files:
 
     meta.json          as there, and kd_kind, kd_k, kd_dtype, teacher (the models that answered), kd_scored (tokens with a row)
@@ -22,6 +24,7 @@ Of equal documents only the first is kept, and validation is chosen by a documen
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -35,9 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, run_cli
 from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
-from kd.store import StoredAnswer
+from kd.store import Store, StoredAnswer
 
 FORMAT, VERSION = "latentforge-packed", 1  # those of ae/chunks.py
 KINDS = ("logprobs", "sequence")
@@ -267,3 +270,25 @@ def _pack(
         )
     tokenizer.save(folder / "tokenizer")
     return counts
+
+
+def main() -> None:
+    from ae.tokenizer_adapter import TokenizerAdapter
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True, help="SQLite file of kd/harvest.py")
+    parser.add_argument("--tokenizer", required=True, help="the teacher's: folder, tokenizer.json or hub name")
+    parser.add_argument("--output", required=True, help="folder of the shards")
+    parser.add_argument("--k", type=int, default=DEFAULT_K, help=f"teacher's words kept a position [{DEFAULT_K}]")
+    parser.add_argument("--val_split", type=float, default=0.05, help="share of documents for validation [0.05]")
+    args = parser.parse_args()
+    if args.k < 1 or not 0 < args.val_split < 1:
+        raise UserError(f"expected --k of at least 1 and --val_split between 0 and 1, got {args.k} and {args.val_split:g}")
+    with Store(args.store, must_exist=True) as store:
+        counts = pack_answers(store, TokenizerAdapter.load(args.tokenizer), args.output, k=args.k, val_split=args.val_split)
+    for what, count in counts.items():
+        print(f"{what}: {count:,}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

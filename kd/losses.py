@@ -78,3 +78,9 @@ def bucket_kl(hidden: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tens
         return torch.cat([_table_kl(h, table, ids, logprobs, temperature) for h, ids, logprobs in parts])
     slices = [checkpoint(_table_kl, h, table, ids, logprobs, temperature, use_reentrant=False) for h, ids, logprobs in parts]
     return torch.cat(slices)  # type: ignore[arg-type]
+
+
+def mean_kl(states: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean `bucket_kl` over the positions that the teacher scored: states (B, T, E), rows (B, T, k) -> (); 0 without any."""
+    kl = bucket_kl(states.flatten(0, 1), table, top_ids.flatten(0, 1), top_logprobs.flatten(0, 1), temperature)
+    return kl.sum() / (top_ids >= 0).any(-1).sum().clamp(min=1)

@@ -121,8 +121,11 @@ def mean_nll(model: Any, data: PackedData, setup: loop.Setup, limit: int, batch_
 
 
 def main() -> None:
+    from student.distillation import open_teacher  # here, since the models of this package import this file
+
     cfg = parse_config(LMTrainConfig, __doc__)
-    train, val = PackedData.pair(cfg.data)
+    teacher = open_teacher(cfg, cfg.seq_len * cfg.k) if cfg.use_kd else None
+    train, val = PackedData.pair(teacher.folder if teacher else cfg.data)
     shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
@@ -130,22 +133,34 @@ def main() -> None:
     model = TokenModel(shape).to(setup.device)
     setup.run.log(f"token_model: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps")
 
-    def loss(tokens: Tensor) -> loop.Losses:
-        ce = model.nll(tokens).mean()
-        return ce, {"ce": ce.detach()}
+    ce_w = teacher.say(setup.run.log, cfg) if teacher else cfg.ce_w
+
+    def loss(tokens: Tensor, *rows: Tensor) -> loop.Losses:
+        states = model.hidden(tokens)[:, 1:]  # (B, T-1, H)
+        ce = token_nll(states.flatten(0, 1), model.table, tokens[:, 1:].flatten()).mean()
+        if not (teacher and rows):
+            return ce_w * ce, {"ce": ce.detach()}
+        kl = teacher.divergence(model.table, [row[:, 1:] for row in rows])(states)
+        return ce_w * ce + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
     compiled = torch.compile(loss) if setup.compile else loss
+
+    def loss_at(step: int) -> loop.Losses:
+        rows = teacher.rows(windows.starts(step), shape.context) if teacher else ()
+        return compiled(*(x.to(setup.device) for x in (windows.batch(step), *rows)))
+
+    def validate(_: bool) -> dict[str, Any]:
+        kl = teacher.validate(model, setup, cfg.eval_windows) if teacher else {}
+        return mean_nll(model, val, setup, cfg.eval_windows) | kl
+
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_config": as_dict(cfg),
+        "distillation": teacher.about() if teacher else None,
     }
-    figures = loop.fit(
-        "token_model", model, cfg, setup, total, cfg.batch_size * model.cfg.context,
-        lambda step: compiled(windows.batch(step).to(setup.device)),
-        lambda _: mean_nll(model, val, setup, cfg.eval_windows),
-        content,
-    )  # fmt: skip
+    tokens_per_step = cfg.batch_size * model.cfg.context
+    figures = loop.fit("token_model", model, cfg, setup, total, tokens_per_step, loss_at, validate, content)
     print(json.dumps(figures))
 
 

@@ -5,6 +5,8 @@ Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,14 @@ def student_loss(
     ce_w: float,
     mse_w: float = 0.0,
     base_w: float = 0.0,
+    kd_w: float = 0.0,
+    kd: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """tokens (B, T) of which the first pads[b] of a row are padding -> total loss and parts, nats (mse: per dimension).
 
     ce: mean token cross-entropy under the exact conditional. mse: squared error between the predicted latents and the
-    frozen autoencoder's mean of the true chunks. base: cross-entropy of the parallel logits alone. Pads carry no loss.
+    frozen autoencoder's mean of the true chunks. base: cross-entropy of the parallel logits alone. kd: states (B, T, E) to
+    their divergence from a teacher, such as `kd.losses.mean_kl`. Pads carry no loss.
     """
     z_hat = model.predict_latents(tokens)  # (B, L, D)
     states, g = model.token_states(tokens, z_hat)  # (B, T, E)
@@ -40,6 +45,9 @@ def student_loss(
 
     ce = cross_entropy(states)
     total, parts = ce_w * ce, {"ce": ce.detach()}
+    if kd is not None:
+        divergence = kd(states)
+        total, parts["kl"] = total + kd_w * divergence, divergence.detach()
     if base_w:
         base = cross_entropy(g)
         total, parts["base"] = total + base_w * base, base.detach()

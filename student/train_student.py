@@ -4,6 +4,9 @@
 
 Writes checkpoint_dir/student.pt and run_dir/ (config, metrics.jsonl, log). Controls: `--latents none` (local decoder
 alone), `--local_decoder none` (independent positions), `--head energy` (CALM).
+
+`--use_kd` distills from the teacher in .env: its text is the training text, its logprobs are soft targets. What the store
+lacks is harvested first, from the beginnings of --data's documents; `kd/harvest.py` and `kd/kd_batcher.py` do both apart.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint
 from configs.schema import StudentTrainConfig, as_dict, parse_config
 from student.baseline import backbone_fields, mean_nll
+from student.distillation import open_teacher, shift_right
 from student.losses import student_energy_loss, student_loss
 from student.student_model import Student, StudentConfig
 
@@ -31,8 +35,7 @@ def pad_left(tokens: Tensor, k: int, pad_id: int, share: float, seed: int, step:
     rng = np.random.default_rng([seed, step, 1])
     count = rng.integers(1, k, len(tokens)) * (rng.random(len(tokens)) < share) if k > 1 else np.zeros(len(tokens), np.int64)
     pads = torch.from_numpy(count)
-    at = torch.arange(tokens.shape[1]) - pads[:, None]  # (B, T)
-    return tokens.gather(1, at.clamp(min=0)).masked_fill(at < 0, pad_id), pads
+    return shift_right(tokens, pads, pad_id), pads
 
 
 def main() -> None:
@@ -45,7 +48,8 @@ def main() -> None:
             raise UserError(
                 f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE"
             )
-    train, val = PackedData.pair(cfg.data)
+    teacher = open_teacher(cfg, cfg.seq_len * ae.k) if cfg.use_kd else None
+    train, val = PackedData.pair(teacher.folder if teacher else cfg.data)
     check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, cfg.data)
     cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
     if cfg.latents == "none":
@@ -64,23 +68,27 @@ def main() -> None:
     frozen.to(setup.device).requires_grad_(False)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
     if cfg.head == "energy":
-        setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w and base_w are not used")
+        setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w, base_w and kd_w are not used")
+    ce_w = teacher.say(setup.run.log, cfg) if teacher else cfg.ce_w
 
-    def loss(tokens: Tensor, pads: Tensor) -> loop.Losses:
+    def loss(tokens: Tensor, pads: Tensor, *rows: Tensor) -> loop.Losses:
         if cfg.head == "energy":
             return student_energy_loss(model, frozen, tokens, pads)
-        return student_loss(model, frozen, tokens, pads, ce_w=cfg.ce_w, mse_w=cfg.mse_w, base_w=cfg.base_w)
+        kd = teacher.divergence(model.table, rows) if teacher and rows else None
+        return student_loss(model, frozen, tokens, pads, ce_w=ce_w, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd)
 
     compiled = torch.compile(loss) if setup.compile else loss
 
     def loss_at(step: int) -> loop.Losses:
         tokens, pads = pad_left(windows.batch(step), ae.k, model.cfg.pad_id, cfg.pad_share, cfg.seed, step)
-        return compiled(tokens.to(setup.device), pads.to(setup.device))
+        rows = teacher.rows(windows.starts(step), shape.context, pads) if teacher else ()
+        return compiled(*(x.to(setup.device) for x in (tokens, pads, *rows)))
 
     @torch.no_grad()
     def validate(_: bool) -> dict[str, Any]:
         if cfg.head == "direct":
-            return mean_nll(model, val, setup, cfg.eval_windows)
+            kl = teacher.validate(model, setup, cfg.eval_windows) if teacher else {}
+            return mean_nll(model, val, setup, cfg.eval_windows) | kl
         model.eval()
         torch.manual_seed(0)
         energies = []
@@ -94,6 +102,7 @@ def main() -> None:
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_config": as_dict(cfg),
+        "distillation": teacher.about() if teacher else None,
     }
     figures = loop.fit("student", model, cfg, setup, total, cfg.batch_size * model.cfg.context, loss_at, validate, content)
     print(json.dumps(figures))

@@ -15,7 +15,8 @@ ALLOWED = {
     "student": {"configs", "ae", "student"},
     "tools": {"configs", "ae", "student", "kd", "tools"},
 }
-PROGRAMS = {"student/train_student.py": {"kd"}, "kd/harvest.py": {"ae"}}  # scripts inside a package may join two
+# What joins two packages: scripts, and what the trainers read teachers with.
+PROGRAMS = {"student/distillation.py": {"kd"}, "kd/harvest.py": {"ae"}, "kd/kd_batcher.py": {"ae"}}
 MODULES = sorted(path for folder in ALLOWED for path in (ROOT / folder).glob("*.py"))
 PROJECT = {*ALLOWED, "infer", "server", "bench"}
 

@@ -1,0 +1,152 @@
+"""A teacher's text and soft targets for the trainers of student and token-level model (`--use_kd`).
+
+The teacher's answers are the training text; where it told logprobs, each window comes with its rows, and the loss gets a
+KL term. They are packed from the store (kd/store.py), which is harvested first while it holds too little.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ae.chunks import PackedData
+from ae.tokenizer_adapter import TokenizerAdapter
+from configs import loop
+from configs.schema import LMTrainConfig
+from kd.harvest import HarvestConfig, harvest, store_path
+from kd.kd_batcher import KDShard, pack_answers
+from kd.kd_client import Interrupted, Settings
+from kd.losses import mean_kl
+from kd.records import MISSING
+from kd.store import Store
+
+
+def shift_right(x: Tensor, pads: Tensor, fill: float) -> Tensor:
+    """Move each row of (B, T, ...) right by its number of pads, (B,); what is new in front is `fill`."""
+    at = torch.arange(x.shape[1]) - pads[:, None]  # (B, T)
+    rows = torch.arange(len(x))[:, None]
+    return x[rows, at.clamp(min=0)].masked_fill((at < 0).view(*at.shape, *[1] * (x.ndim - 2)), fill)
+
+
+@dataclass
+class Teacher:
+    """The packed answers of a teacher: `folder` holds train and val, which `PackedData` reads as plain text too."""
+
+    folder: Path
+    train: KDShard
+    val: KDShard
+    temperature: float
+
+    @property
+    def soft(self) -> bool:
+        """Whether there are logprobs; without them the text alone teaches (sequence-level distillation)."""
+        return self.train.kind == "logprobs"
+
+    def about(self) -> dict[str, Any]:
+        """What the run, its report and its checkpoint say of the distillation."""
+        meta = self.train.meta
+        told = {"kind": "token-level", "k": self.train.k} if self.soft else {"kind": "sequence-level"}
+        return {**told, "teacher": meta["teacher"], "tokens": self.train.n_tokens, "scored_tokens": meta["kd_scored"]}
+
+    def say(self, log: Callable[[str], None], cfg: LMTrainConfig) -> float:
+        """Say what kind of distillation this is; returns the weight of the cross-entropy that goes with it."""
+        about = self.about()
+        log(f"distillation: {about['kind']} from {', '.join(about['teacher'])}, {about['tokens']:,} tokens in {self.folder}")
+        if self.soft:
+            return cfg.ce_w
+        log(f"the teacher told no logprobs: --kd_w {cfg.kd_w:g} is added to --ce_w, on the tokens that it wrote")
+        return cfg.ce_w + cfg.kd_w
+
+    def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.
+
+        Top ids and top logprobs, (B, T, k) each; () without logprobs.
+        """
+        if not self.soft:
+            return ()
+        _, ids, logprobs = self.train.windows(starts, window)
+        if pads is None:
+            return ids, logprobs
+        return shift_right(ids, pads, MISSING), shift_right(logprobs, pads, 0.0)
+
+    def divergence(self, table: Tensor, rows: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """States (B, T, E) -> their mean KL to the teacher's rows."""
+        return partial(mean_kl, table=table, top_ids=rows[0], top_logprobs=rows[1], temperature=self.temperature)
+
+    @torch.no_grad()
+    def validate(self, model: Any, setup: loop.Setup, limit: int, batch_size: int = 8) -> dict[str, float]:
+        """Mean KL(teacher || model) over validation windows, temperature 1, first chunk left out; {} without logprobs."""
+        context, k = model.cfg.context, model.cfg.k
+        n = min(limit, self.val.n_tokens // context) if self.soft else 0
+        model.eval()
+        total, scored = 0.0, 0
+        for i in range(0, n, batch_size):
+            starts = range(i * context, min(i + batch_size, n) * context, context)
+            tokens, ids, logprobs = (x.to(setup.device) for x in self.val.windows(starts, context))
+            count = int((ids[:, k:] >= 0).any(-1).sum())
+            with setup.autocast():
+                kl = mean_kl(model.hidden(tokens)[:, k:], model.table, ids[:, k:], logprobs[:, k:])
+            total, scored = total + kl.item() * count, scored + count
+        model.train()
+        return {"kl_to_teacher": total / scored} if scored else {}
+
+
+def open_teacher(cfg: LMTrainConfig, window: int) -> Teacher:
+    """The packed answers that `cfg` asks for; harvests and packs them where they are not there yet.
+
+    A harvested document is no longer than `window`, the model's own in tokens: its prompt is up to an eighth of that.
+
+    Raises UserError as `Settings.load`, `harvest`, `pack_answers` and `KDShard` do.
+    """
+    folder = Path(cfg.kd_data) if cfg.kd_data else Path(cfg.data)
+    if not cfg.kd_data and "kd_kind" not in PackedData(folder / "train").meta:
+        folder = _from_store(cfg, window)
+    return Teacher(folder, KDShard(folder / "train"), KDShard(folder / "val"), cfg.kd_temperature)
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _from_store(cfg: LMTrainConfig, window: int) -> Path:
+    """Pack the answers of the store, after harvesting what it lacks of --kd_tokens with the beginnings of --data."""
+    prompt = max(1, min(HarvestConfig.prompt_tokens, window // 8))
+    wanted = HarvestConfig(
+        n_tokens=cfg.kd_tokens,
+        data=cfg.data,
+        prompt_tokens=prompt,
+        max_new_tokens=max(1, min(HarvestConfig.max_new_tokens, window - prompt - 1)),  # one for the start of text
+        store=cfg.kd_store,
+        top_logprobs=cfg.kd_k,
+        budget_usd=cfg.kd_budget_usd,
+    )
+    path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())
+    with Store(path) as store:
+        held = store.totals().completion_tokens
+    if held < cfg.kd_tokens:
+        _log(f"{path} holds {held:,} of --kd_tokens {cfg.kd_tokens:,} tokens: harvesting the rest")
+        try:
+            harvest(wanted, log=_log)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    folder = path.with_name(f"{path.stem}-packed")
+    with Store(path) as store:
+        answers = len(store)
+        meta = folder / "train" / "meta.json"
+        if meta.exists():
+            packed = json.loads(meta.read_text(encoding="utf-8"))
+            if (packed.get("store_answers"), packed.get("kd_asked")) == (answers, cfg.kd_k):
+                return folder
+        tokenizer = TokenizerAdapter.load(PackedData(Path(cfg.data) / "train").tokenizer)
+        _log(f"packing {answers:,} answers of {path} into {folder}")
+        counts = pack_answers(store, tokenizer, folder, k=cfg.kd_k, store_answers=answers, kd_asked=cfg.kd_k)
+    _log(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return folder
