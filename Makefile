@@ -28,11 +28,11 @@ TRAIN_FLAGS = --data "$(DATA)" --seed $(SEED) $(call flag,EPOCHS,epochs) $(call 
 export PROMPT PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup demo data train-ae train-token-model train-student infer evaluate bench check-api harvest serve-teacher test test-tokenizer test-ae test-student test-kd clean
+.PHONY: help setup demo distill-demo data train-ae train-token-model train-student infer evaluate bench check-api harvest serve-teacher test test-tokenizer test-ae test-student test-kd clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED"
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED"
 	@echo "             AE_CONFIG TOKEN_MODEL_CONFIG STUDENT_CONFIG RESUME=1 QUICK=1 ARGS (more flags)"
 
 setup: $(VENV)/installed ## make .venv with the pinned requirements
@@ -48,6 +48,9 @@ $(VENV)/installed: requirements.txt pyproject.toml
 demo: setup ## train and measure the whole chain on the standard library, 15 minutes on 2 cores; QUICK=1: 3 minutes
 	@$(PY) tools/demo.py $(if $(QUICK),--quick) $(ARGS)
 
+distill-demo: setup ## distill from the demo's token-level model over HTTP, with and without its soft targets (after `make demo`)
+	@$(PY) tools/distill_demo.py $(ARGS)
+
 data: setup ## the default corpus: standard library -> tokenizer -> packed data in DATA
 	$(PY) tools/get_corpus.py --output data/corpus.jsonl
 	$(PY) tools/train_tokenizer.py --input data/corpus.jsonl --output data/tokenizer --vocab_size 4096
@@ -59,9 +62,10 @@ train-ae: setup ## train the autoencoder on DATA (K, D, EPOCHS, BATCH_SIZE)
 train-token-model: setup ## train the token-level model of the student's backbone: the baseline
 	$(PY) student/baseline.py --config "$(TOKEN_MODEL_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
 
-train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W)
+train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W; USE_KD=1, KD_W)
 	$(PY) student/train_student.py --config "$(STUDENT_CONFIG)" $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
-		--checkpoint_dir "$(dir $(STUDENT_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w)
+		--checkpoint_dir "$(dir $(STUDENT_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w) \
+		$(if $(USE_KD),--use_kd) $(call flag,KD_W,kd_w)
 
 infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
 	@$(PY) infer.py --student "$(STUDENT_CKPT)" --ae "$(AE_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \

@@ -26,8 +26,8 @@ from student.baseline import load_token_model
 from student.distillation import open_teacher, shift_right
 from student.losses import student_loss
 from student.train_student import pad_left
-from tests.conftest import ROOT, SMALL_LM, World, make_student, run_script
-from tests.faulty_server import FaultyServer
+from conftest import ROOT, SMALL_LM, World, make_student, run_script
+from faulty_server import FaultyServer
 from tools import export_hf
 
 

@@ -104,16 +104,11 @@ def run_stage(stage: Stage, resume: bool) -> None:
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same chain with a few steps of training, about 3 minutes")
-    parser.add_argument("--output", help="where everything is written [runs/demo, or runs/demo-quick]")
-    args = parser.parse_args()
-    root = Path(args.output or ("runs/demo-quick" if args.quick else "runs/demo"))
+def run_chain(root: Path, chain: list[Stage]) -> int:
+    """Run the stages that are not done yet, keeping the record of `root`/stages.json; returns an exit code."""
     root.mkdir(parents=True, exist_ok=True)
-    record_path = root / "stages.json"
+    record_path, key = root / "stages.json", ""
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    chain, begin, key = stages(root, args.quick), time.time(), ""
     for number, stage in enumerate(chain, 1):
         text = json.dumps([key, stage.command]) + "".join(path.read_text() for path in stage.reads)
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -142,6 +137,18 @@ def main() -> int:
         note("seconds")
         if stage.name != "report":
             print(f"{title}: {record[stage.name]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the same chain with a few steps of training, about 3 minutes")
+    parser.add_argument("--output", help="where everything is written [runs/demo, or runs/demo-quick]")
+    args = parser.parse_args()
+    root = Path(args.output or ("runs/demo-quick" if args.quick else "runs/demo"))
+    begin = time.time()
+    if code := run_chain(root, stages(root, args.quick)):
+        return code
     print((root / "report.md").read_text())
     print(f"all stages in {time.time() - begin:.0f} s; this report: {root / 'report.md'}", file=sys.stderr)
     return 0
