@@ -4,7 +4,8 @@
         --baseline checkpoints/token_model.pt --data data/packed
 
 Both models see the same windows and are scored on the same tokens: all but the first chunk of each window, which is
-context. Prints a table and, last, one JSON line.
+context. Where the data is a shard of a teacher's answers with logprobs, the KL to the teacher is measured too. Prints a
+table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,12 @@ from ae.tokenizer_adapter import TokenizerAdapter
 from ae.train_ae import NOISE, reconstruction
 from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint, has_fast_bf16, pick_device, tune_process
+from kd.kd_batcher import KDShard
+from kd.losses import bucket_kl
 from student.baseline import TokenModel, load_token_model
 from student.brier import N, brier_by_samples, brier_lm, collisions, ngram_probabilities
 from student.student_model import Student, load_student
+from tools.metrics import BUCKETS, MeanBy, Places, places, word_of
 
 BATCH = 8  # windows at a time
 
@@ -43,27 +48,52 @@ def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(nll).view(targets.shape), torch.cat(right).view(targets.shape)
 
 
-class Measure:
-    """Collects a model's scores over windows; `figures` sums them up. Positions are those after the first chunk."""
+@dataclass
+class Batch:
+    """Windows of the validation text, and what is told of them."""
 
-    def __init__(self, model: TokenModel | Student, byte_lengths: Tensor, brier_windows: int) -> None:
+    tokens: Tensor  # (B, T)
+    others: Tensor  # (B, T), windows of other documents to take the latents from
+    places: Places
+    teacher: tuple[Tensor, Tensor] | None = None  # its top ids and logprobs, (B, T, k) each
+
+
+class Measure:
+    """Collects a model's scores over windows; `figures` sums them up. Scored are the positions from `first` on."""
+
+    def __init__(self, model: TokenModel | Student, byte_lengths: Tensor, brier_windows: int, first: int) -> None:
         self.model, self.k, self.byte_lengths, self.brier_windows = model, model.cfg.k, byte_lengths, brier_windows
+        self.first = first
         self.nll: list[Tensor] = []
         self.right: list[Tensor] = []
         self.swapped: list[Tensor] = []
         self.collision: dict[str, list[Tensor]] = {"chunk start": [], "all": []}
+        self.by_distance, self.by_seen, self.far_copy, self.kl = (MeanBy(n) for n in (len(BUCKETS), len(BUCKETS), 1, 1))
         self.n_bytes = 0
 
-    def add(self, tokens: Tensor, others: Tensor, rng: np.random.Generator) -> None:
-        """Windows (B, T), and as many windows of other documents to take the latents from."""
-        k, model, targets = self.k, self.model, tokens[:, self.k :]
+    def add(self, batch: Batch, rng: np.random.Generator) -> None:
+        """Score a batch of windows; rng: where n-grams begin."""
+        k, first, model, tokens = self.k, self.first, self.model, batch.tokens
+        targets = tokens[:, first:]
         self.n_bytes += int(self.byte_lengths[targets].sum())
-        nll, right = score(model.hidden(tokens)[:, k:], model.table, targets)
-        self.nll.append(nll.cpu())
-        self.right.append(right.cpu())
+        hidden = model.hidden(tokens)[:, first:]
+        nll, right = (x.cpu() for x in score(hidden, model.table, targets))
+        self.nll.append(nll)
+        self.right.append(right)
+        for mean, classes in (
+            (self.by_distance, batch.places.by_distance),
+            (self.by_seen, batch.places.by_seen),
+            (self.far_copy, batch.places.far_copy),
+        ):
+            mean.add(nll, classes[:, first:])
+        if batch.teacher:
+            ids, logprobs = (x[:, first:] for x in batch.teacher)
+            told = (ids >= 0).any(-1)  # (B, T - first); a row of nothing but missing entries says nothing
+            kl = bucket_kl(hidden[told], model.table, ids[told], logprobs[told]).cpu()
+            self.kl.add(kl, torch.zeros(len(kl), dtype=torch.int64))
         if isinstance(model, Student):
-            self.swapped.append(score(model.hidden(tokens, others)[:, k:], model.table, targets)[0].cpu())
-        chunks = torch.arange(1, (tokens.shape[1] - N - k + 1) // k + 1)  # of those that leave room for any n-gram
+            self.swapped.append(score(model.hidden(tokens, batch.others)[:, first:], model.table, targets)[0].cpu())
+        chunks = torch.arange(first // k, (tokens.shape[1] - N - k + 1) // k + 1)  # of those that leave room for any n-gram
         if self.brier_windows > 0 and len(chunks):
             self.brier_windows -= len(tokens)
             anywhere = chunks * k + torch.from_numpy(rng.integers(k, size=len(chunks)))
@@ -72,7 +102,7 @@ class Measure:
 
     def figures(self) -> dict[str, Any]:
         nll, right, k = torch.cat(self.nll), torch.cat(self.right).float(), self.k
-        p_true = ngram_probabilities(nll)  # (4, n, T - K - 3)
+        p_true = ngram_probabilities(nll)  # (4, n, T - first - 3)
         brier = {}  # stays empty where the context is too short for an n-gram after its first chunk
         for name, p in (("chunk start", p_true[:, :, ::k]), ("all", p_true)):
             if self.collision[name]:
@@ -85,35 +115,64 @@ class Measure:
             "nll_by_position": nll.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
             "accuracy": right.mean().item(),
             "accuracy_by_position": right.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
+            "nll_by_distance": dict(zip(BUCKETS, self.by_distance.means(), strict=True)),
+            "tokens_by_distance": dict(zip(BUCKETS, self.by_distance.count.tolist(), strict=True)),
+            "nll_by_seen": dict(zip(BUCKETS, self.by_seen.means(), strict=True)),
+            "tokens_by_seen": dict(zip(BUCKETS, self.by_seen.count.tolist(), strict=True)),
+            "nll_far_copy": self.far_copy.means()[0],
+            "far_copy_tokens": int(self.far_copy.count),
         }
         if self.swapped:
             out["latent_swap_cost"] = torch.cat(self.swapped).mean().item() - out["nats_per_token"]
+        if self.kl.count:
+            out |= {"kl_to_teacher": self.kl.means()[0], "kl_scored": int(self.kl.count)}
         return out
 
 
 @torch.inference_mode()
 def evaluate(
-    models: dict[str, TokenModel | Student], data: PackedData, byte_lengths: Tensor, limit: int | None, device: torch.device
+    models: dict[str, TokenModel | Student],
+    data: PackedData,
+    tokenizer: TokenizerAdapter,
+    limit: int | None,
+    device: torch.device,
+    first: int | None = None,
 ) -> dict[str, Any]:
-    """Figures of each model over the split's windows (or the first `limit`)."""
-    context = next(iter(models.values())).cfg.context
+    """Figures of each model over the split's windows (or the first `limit`).
+
+    The first `first` tokens of a window (a multiple of the models' K; unset: K) are context and not scored: with one
+    `first` for all, models of different K are scored on the same tokens.
+    """
+    context, k = next((model.cfg.context, model.cfg.k) for model in models.values())
     n = min(limit or data.windows(context), data.windows(context))
     if n < 2:
         raise UserError(f"{data.folder} holds {data.windows(context)} windows of {context} tokens; at least 2 are needed")
-    windows = data.tokens[: n * context].reshape(n, context)  # still on disk
-    byte_lengths, half = byte_lengths.to(device), n // 2  # the latents of window i + n/2: another document's
-    measures = {name: Measure(model, byte_lengths, 64) for name, model in models.items()}
+    first = k if first is None else first
+    if first % k or not 0 < first < context:
+        raise UserError(f"--first: expected a multiple of k = {k} within the context of {context} tokens, got {first}")
+    shard = KDShard(data.folder) if data.meta.get("kd_kind") == "logprobs" else None
+    byte_lengths, words = torch.from_numpy(tokenizer.byte_lengths).to(device), word_of(tokenizer)
+    half = n // 2  # the latents of window i + n/2: another document's
+    measures = {name: Measure(model, byte_lengths, 64, first) for name, model in models.items()}
+
+    def windows(index: np.ndarray) -> Tensor:
+        return torch.from_numpy(data.tokens[index[:, None] * context + np.arange(context)].astype(np.int64)).to(device)
+
     for measure in measures.values():
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         for i in range(0, n, BATCH):
             index = np.arange(i, min(i + BATCH, n))
-            tokens, others = (torch.from_numpy(windows[j].astype(np.int64)).to(device) for j in (index, (index + half) % n))
+            told = shard.windows(index * context, context)[1:] if shard else None
+            batch = Batch(
+                windows(index),
+                windows((index + half) % n),
+                places(data, words, index * context, context),
+                (told[0].to(device), told[1].to(device)) if told else None,
+            )
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
-                measure.add(tokens, others, rng)
-    return {
-        name: {**measure.figures(), "windows": n, "tokens": n * (context - measure.k)} for name, measure in measures.items()
-    }
+                measure.add(batch, rng)
+    return {name: {**measure.figures(), "windows": n, "tokens": n * (context - first)} for name, measure in measures.items()}
 
 
 @torch.inference_mode()
@@ -140,20 +199,30 @@ def table(result: dict[str, Any]) -> str:
         ("BrierLM (from chunk start)", "brier_lm", ".3f"),
         ("BrierLM (all positions)", "brier_lm_all", ".3f"),
         ("cost of another document's latents, nats", "latent_swap_cost", ".4f"),
+        ("NLL of words repeated from far away", "nll_far_copy", ".4f"),
+        ("KL to the teacher, nats/token", "kl_to_teacher", ".4f"),
     ]
-    lines = [f"{'':42}" + "".join(f"{name:>14}" for name in names)]
+
+    def line(title: str, values: list[Any], style: str) -> str:
+        return f"{title:42}" + "".join(f"{'-' if v is None else format(v, style):>14}" for v in values)
+
+    lines = [line("", names, "")]
     for title, key, style in rows:
         values = [result[name].get(key) for name in names]
-        lines.append(f"{title:42}" + "".join(f"{'-' if v is None else format(v, style):>14}" for v in values))
+        if key not in ("nll_far_copy", "kl_to_teacher") or any(v is not None for v in values):
+            lines.append(line(title, values, style))
     for title, key, style in (
         ("NLL at in-chunk position", "nll_by_position", ".3f"),
         ("accuracy at in-chunk position", "accuracy_by_position", ".1%"),
     ):
         for i in range(len(next((result[n][key] for n in names if result[n].get(key)), []))):
             values = [result[name].get(key) for name in names]
-            lines.append(
-                f"{f'{title} {i + 1}':42}" + "".join(f"{'-' if v is None else format(v[i], style):>14}" for v in values)
-            )
+            lines.append(line(f"{title} {i + 1}", [v and v[i] for v in values], style))
+    for title, key in (("NLL at document's token", "nll_by_distance"), ("NLL after this many tokens seen", "nll_by_seen")):
+        for name in BUCKETS:
+            values = [(result[model].get(key) or {}).get(name) for model in names]
+            if any(v is not None for v in values):
+                lines.append(line(f"{title} {name}", values, ".3f"))
     if "ae" in result:
         ae = result["ae"]
         lines.append(
@@ -170,6 +239,7 @@ def main() -> None:
     parser.add_argument("--baseline", help="token-level model checkpoint")
     parser.add_argument("--data", default="data/packed", help="packed data; its val split is read [data/packed]")
     parser.add_argument("--max_windows", type=int, help="only the first windows of the split [all]")
+    parser.add_argument("--first", type=int, help="tokens at a window's start that are context only, a multiple of k [k]")
     parser.add_argument("--output", help="write the JSON there too")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -201,8 +271,7 @@ def main() -> None:
         del models["student"]
         result["student"] = evaluate_energy(loaded["student"], data, args.max_windows, device)
     if models:
-        lengths = torch.from_numpy(TokenizerAdapter.load(data.tokenizer).byte_lengths)
-        result |= evaluate(models, data, lengths, args.max_windows, device)
+        result |= evaluate(models, data, TokenizerAdapter.load(data.tokenizer), args.max_windows, device, args.first)
     print(table(result))
     line = json.dumps(result)
     if args.output:

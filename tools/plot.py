@@ -59,6 +59,27 @@ def nll_by_position(figures: dict[str, list[float]], path: str | Path) -> None:
     _save(figure, path)
 
 
+def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str | Path) -> None:
+    """Bits per byte of named variants against training tokens, training FLOPs and training time.
+
+    curves: of each variant one line a seed, of points (tokens, FLOPs, seconds, bits per byte).
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True)
+    labels = (("training tokens, millions", 1e6), ("training PFLOPs", 1e15), ("training minutes", 60))
+    for number, (name, lines) in enumerate(curves.items()):
+        for seed, points in enumerate(lines):
+            for i, (axis, (_, unit)) in enumerate(zip(axes, labels, strict=True)):
+                xs, ys = [point[i] / unit for point in points], [point[3] for point in points]
+                style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colours
+                axis.plot(xs, ys, style, marker=".", color=f"C{number % 10}", label=None if seed else name)
+    for axis, (label, _) in zip(axes, labels, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation bits per byte")
+    axes[-1].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -1,0 +1,143 @@
+"""What evaluation tells of tokens by their place and against a teacher: hand-made windows with known answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import World, make_student, make_token_model, run_script
+
+from ae.chunks import PackedData, PackedWriter
+from ae.tokenizer_adapter import TokenizerAdapter
+from configs.errors import UserError
+from kd.kd_batcher import KDWriter
+from tools import evaluate
+from tools.metrics import BUCKETS, MeanBy, bucket, gaps, places, word_of
+
+META = {"tokenizer_fingerprint": "f", "tokenizer": "t", "vocab_size": 320, "eot_id": 0, "pad_id": 1}
+
+
+def split(folder: Path, *documents: list[int]) -> PackedData:
+    writer = PackedWriter(folder, 320)
+    for ids in documents:
+        writer.add(np.array(ids))
+    writer.close(**META)
+    return PackedData(folder)
+
+
+def test_buckets() -> None:
+    assert BUCKETS == ("0-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512+")
+    assert bucket(np.array([0, 15, 16, 31, 32, 255, 256, 511, 512, 9999])).tolist() == [0, 0, 1, 1, 2, 4, 5, 5, 6, 6]
+
+
+def test_distance_from_the_documents_start(tmp_path: Path) -> None:
+    data = split(tmp_path / "s", [5] * 10, [6] * 70)  # the second document begins at token 10
+    none = np.full(320, -1)
+    first, second = (places(data, none, np.array([start]), 40) for start in (0, 40))
+    assert first.by_distance[0].tolist() == [0] * 10 + [0] * 16 + [1] * 14 == first.by_seen[0].tolist()
+    # The second window's tokens stand 30..69 into a document that the window shows from 0 on: only where both lengths are
+    # in one bucket, 32-63, is it clear what to call them: from 32 seen tokens to 63 in the document.
+    assert second.by_seen[0].tolist() == [0] * 16 + [1] * 16 + [2] * 8
+    assert second.by_distance[0].tolist() == [-1] * 32 + [2 if 30 + t < 64 else -1 for t in range(32, 40)]
+    both = places(data, none, np.array([0, 40]), 40)
+    assert torch.equal(both.by_distance, torch.cat([first.by_distance, second.by_distance]))
+    near = places(data, none, np.array([15]), 40)  # 5 tokens into its document: the first 11 are in 0-15 either way
+    assert near.by_distance[0, :20].tolist() == [0] * 11 + [-1] * 5 + [1] * 4
+
+
+def test_gaps() -> None:
+    rows = np.array([[7, 8, 7, 7, 9, 8], [1, 1, 1, 2, 3, 2]])
+    assert gaps(rows).tolist() == [[6, 6, 2, 1, 6, 4], [6, 1, 1, 6, 6, 2]]
+
+
+def test_words_repeated_from_far_away(tmp_path: Path) -> None:
+    words = np.full(320, -1)
+    words[[10, 11, 12]] = [0, 0, 1]  # 10 and 11 are one word, with and without a space in front
+    filler = [99]
+    document = [10, *filler * 16, 11, 12, *filler * 3, 12, *filler * 20, 12, 10]  # a second document has none of it before
+    data = split(tmp_path / "s", document, [10, *filler * 40, 12])
+    window = places(data, words, np.array([0]), data.n_tokens).far_copy[0]
+    at = (window == 0).nonzero()[:, 0].tolist()
+    assert at == [17, 43, 44]  # 11 after 10, 17 back; not 12 at 22, 4 back; 12 at 43, 21 back; 10 at 44, after 11 at 17
+    assert set(window.tolist()) == {0, -1}
+    # seen from token 20 on, the words before are not there to copy: only 12, at 22 and 43
+    assert (places(data, words, np.array([20]), 25).far_copy[0] == 0).nonzero()[:, 0].tolist() == [23]
+
+
+def test_word_of() -> None:
+    pieces = [b"abc", b" abc", b"ab", b"a b", b"_x1\n", b"\xc3\xa9t\xc3\xa9", b"a.bc", b"\xff\xfe\xfd", b"123", b""]
+    tokenizer: Any = SimpleNamespace(size=len(pieces), model_vocab_size=12, token_bytes=lambda i: pieces[i])
+    assert word_of(tokenizer).tolist() == [0, 0, -1, -1, 1, 2, -1, -1, 3, -1, -1, -1]
+
+
+def test_means() -> None:
+    mean = MeanBy(3)
+    for values, classes in (([1.0, 2.0, 4.0], [0, -1, 2]), ([3.0, 5.0, 6.0], [0, 2, 2])):
+        mean.add(torch.tensor([values]), torch.tensor([classes]))
+    assert mean.means() == [2.0, None, 5.0] and mean.count.tolist() == [2, 0, 3]
+
+
+def test_figures_by_place_and_against_the_teacher(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    """Against loops over tokens, on a shard whose teacher told three words at two of three positions."""
+    rng, writer = np.random.default_rng(0), KDWriter(tmp_path / "val", 320, k=3)
+    for length in (50, 90, 61):
+        top = np.stack([rng.permutation(320)[:3] for _ in range(length)])
+        top[::3] = -1
+        logprobs = np.log(np.full((length, 3), [0.5, 0.2, 0.1]))
+        writer.add(rng.integers(2, 300, length), top, logprobs)
+    writer.close(**META)
+    data, models = PackedData(tmp_path / "val"), {"token_model": make_token_model(), "student": make_student()}
+    result = evaluate.evaluate(models, data, tokenizer, None, torch.device("cpu"), first=8)  # type: ignore[arg-type]
+    ids, rows, starts = data.tokens.astype(int), np.memmap(tmp_path / "val" / "top_ids.bin", np.uint16, "r"), [0, 50, 140]
+    rows, words = rows.reshape(-1, 3).astype(int), word_of(tokenizer)
+    for name, model in models.items():
+        by_distance: dict[str, list[float]] = {}
+        kls, far = [], []
+        for w in range(3):  # windows of 64 of 201 tokens
+            tokens = torch.from_numpy(ids[w * 64 : w * 64 + 64])[None]
+            logp = (model.hidden(tokens)[0] @ model.table.T).log_softmax(-1).detach()
+            for t in range(8, 64):
+                at, nll = w * 64 + t, -logp[t, tokens[0, t]].item()
+                begin = max(s for s in starts if s <= at)
+                distance, seen = at - begin, min(at - begin, t)
+                if bucket(np.array(distance)) == bucket(np.array(seen)):
+                    by_distance.setdefault(BUCKETS[int(bucket(np.array(seen)))], []).append(nll)
+                before = [at - s for s in range(at - seen, at) if words[ids[s]] == words[ids[at]]]
+                if words[ids[at]] >= 0 and before and min(before) > 16:
+                    far.append(nll)
+                if (at - begin) % 3:
+                    q = logp[t, rows[at]].exp()
+                    p = torch.tensor([0.5, 0.2, 0.1])
+                    kls.append((p * (p / q).log()).sum().item() + 0.2 * np.log(0.2 / (1 - q.sum().item())))
+        figures = result[name]
+        means = {key: value for key, value in figures["nll_by_distance"].items() if value is not None}
+        assert means == pytest.approx({key: np.mean(values) for key, values in by_distance.items()}, rel=0.02)  # bfloat16
+        assert {key: figures["tokens_by_distance"][key] for key in means} == {k: len(v) for k, v in by_distance.items()}
+        assert sum(figures["tokens_by_seen"].values()) == figures["tokens"] == 3 * 56
+        assert (figures["kl_to_teacher"], figures["kl_scored"]) == (pytest.approx(np.mean(kls), rel=0.02), len(kls))
+        assert figures["far_copy_tokens"] == len(far)
+        assert figures["nll_far_copy"] == (pytest.approx(np.mean(far), rel=0.02) if far else None)
+
+
+def test_one_first_for_models_of_different_k(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    data = split(tmp_path / "s", list(range(2, 202)))
+    model = make_token_model(seq_len=16, k=4)
+    two = [evaluate.evaluate({"m": model}, data, tokenizer, None, torch.device("cpu"), first)["m"] for first in (None, 8)]
+    assert [figures["tokens"] for figures in two] == [3 * 60, 3 * 56]
+    for first in (6, 0, 64):
+        with pytest.raises(UserError, match="multiple of k = 4"):
+            evaluate.evaluate({"m": model}, data, tokenizer, None, torch.device("cpu"), first)
+
+
+def test_the_table_shows_them(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--student", world.student, "--data", world.data, "--max_windows", 20, "--first", 8]
+    assert run_script(evaluate, *flags, "--output", tmp_path / "e.json") == 0
+    out = capsys.readouterr().out
+    assert "NLL at document's token 16-31" in out and "KL to the teacher" not in out
+    figures = json.loads((tmp_path / "e.json").read_text())["student"]
+    assert figures["tokens"] == 20 * 24 == sum(figures["tokens_by_seen"].values()) and "kl_to_teacher" not in figures

@@ -1,0 +1,197 @@
+"""What a grid of runs says: latent gain share and the rest as tables (quality.md), rows (quality.json) and a plot.
+
+latent gain share = (NLL control - NLL variant) / (NLL control - NLL token model), of one seed: which part of what the whole
+context is worth beyond the control's few tokens - the control is the same model without latents - a variant wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from tools.metrics import BUCKETS
+from tools.plot import quality_curves
+
+Row = dict[str, Any]
+INTRO = "# Quality\n"
+HIDDEN = ("identity", "checkpoint")  # what only a rerun needs
+
+
+def gain_share(row: Row, control: Row | None, token_model: Row | None) -> tuple[float | None, str | None]:
+    """The latent gain share of a run, or None and the reason why there is none."""
+    if control is None or token_model is None:
+        return None, f"control or token model have no run with seed {row['seed']}"
+    nlls = [r.get("nats_per_token") for r in (row, control, token_model)]
+    own, local, full = nlls
+    if own is None or local is None or full is None:
+        return None, "it has no likelihood"
+    if len({(r["windows"], r["tokens"]) for r in (row, control, token_model)}) > 1:
+        return None, "scored on other tokens than control and token model"
+    if local <= full:
+        return None, f"the control ({local:.4f} nats) is no worse than the token model ({full:.4f}): nothing to win"
+    return (local - own) / (local - full), None
+
+
+def mean(values: list[Any]) -> float | None:
+    """Of what is known; None where nothing is."""
+    kept = [value for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else None
+
+
+def summary(rows: list[Row], roles: dict[str, str | None]) -> list[dict[str, Any]]:
+    """One entry a variant: the means of its seeds' figures, and how it stands to control and token model seed by seed."""
+    by_run = {(row["name"], row["seed"]): row for row in rows}
+    out = []
+    for name in dict.fromkeys(row["name"] for row in rows if row["model"] != "ae"):
+        mine = [row for row in rows if row["name"] == name]
+        references = [[by_run.get((roles[role], row["seed"])) for role in ("control", "token_model")] for row in mine]
+        shares = [gain_share(row, *both) for row, both in zip(mine, references, strict=True)]
+        ratios = [
+            row["bits_per_byte"] / full["bits_per_byte"] if full and row["bits_per_byte"] and full["bits_per_byte"] else None
+            for row, (_, full) in zip(mine, references, strict=True)
+        ]
+        entry: dict[str, Any] = {"name": name, "seeds": [row["seed"] for row in mine]}
+        if name not in (roles["control"], roles["token_model"]):
+            entry |= {"latent_gain_share": mean([share for share, _ in shares])}
+            entry |= {"latent_gain_share_by_seed": [share for share, _ in shares]}
+            entry |= {"latent_gain_share_reason": next((reason for _, reason in shares if reason), None)}
+        entry |= {"bits_per_byte_ratio": mean(ratios), "bits_per_byte_ratio_by_seed": ratios}
+        for key in (
+            "bits_per_byte", "nats_per_token", "brier_lm", "brier_lm_all", "latent_swap_cost", "nll_far_copy", "kl_to_teacher",
+            "training_tokens", "train_flops", "inherited_flops", "train_seconds", "k", "backbone_steps_per_token",
+        ):  # fmt: skip
+            entry[key] = mean([row.get(key) for row in mine])
+        nats = [row["nats_per_token"] for row in mine if row["nats_per_token"] is not None]
+        entry["nats_spread"] = (max(nats) - min(nats)) / 2 if len(nats) > 1 else None
+        positions = [row["nll_by_position"] for row in mine if row["nll_by_position"]]
+        entry["nll_by_position"] = [mean(list(column)) for column in zip(*positions, strict=True)]
+        for key in ("nll_by_distance", "nll_by_seen"):
+            entry[key] = {b: mean([(row.get(key) or {}).get(b) for row in mine]) for b in BUCKETS}
+        entry["threads"] = sorted({row["threads"] for row in mine})
+        out.append(entry)
+    return out
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def shown(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def section(name: str, source: str, rows: list[Row], entries: list[dict[str, Any]], missing: list[str], plot: bool) -> str:
+    """A grid's part of quality.md, without its markers."""
+    columns = [
+        ("bits per byte", "bits_per_byte", ".4f"), ("to token model", "bits_per_byte_ratio", ".3f"),
+        ("latent gain share", "latent_gain_share", ".2f"), ("other latents cost", "latent_swap_cost", ".3f"),
+        ("far words, nats", "nll_far_copy", ".3f"), ("KL to teacher", "kl_to_teacher", ".4f"),
+        ("BrierLM, chunk start", "brier_lm", ".2f"), ("BrierLM, all", "brier_lm_all", ".2f"),
+        ("backbone steps a token", "backbone_steps_per_token", ".3g"),
+    ]  # fmt: skip
+    columns = [column for column in columns if any(entry.get(column[1]) is not None for entry in entries)]
+    lines = []
+    for entry in entries:
+        nats = shown(entry["nats_per_token"], ".4f") + (f" ± {entry['nats_spread']:.4f}" if entry["nats_spread"] else "")
+        cells = [entry["name"], str(len(entry["seeds"])), nats, *(shown(entry.get(key), style) for _, key, style in columns)]
+        cost = entry["train_flops"] / 1e15, entry["inherited_flops"] / 1e15
+        cells += [f"{entry['training_tokens'] / 1e6:.2f}", f"{cost[0]:.3g}" + (f" + {cost[1]:.3g}" if cost[1] else "")]
+        lines.append([*cells, f"{entry['train_seconds']:.0f} ({', '.join(map(str, entry['threads']))})"])
+    heads = ["variant", "seeds", "NLL, nats/token", *(column[0] for column in columns)]
+    parts = [f"## {name}", f"`python tools/ablate.py --grid {source}`" + where(rows)]
+    parts.append(markdown([*heads, "training tokens, M", "training PFLOPs", "training s (threads)"], lines))
+    reasons = {e["name"]: e["latent_gain_share_reason"] for e in entries if e.get("latent_gain_share_reason")}
+    if reasons:
+        parts.append("No latent gain share: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
+    if missing:
+        parts.append(f"Not run with the grid's present settings: {', '.join(missing)}.")
+    width = max((len(entry["nll_by_position"]) for entry in entries), default=0)
+    told = [entry for entry in entries if entry["nll_by_position"]]
+    at = [
+        [e["name"], *(shown(v, ".3f") for v in e["nll_by_position"])] + [""] * (width - len(e["nll_by_position"])) for e in told
+    ]
+    parts += ["NLL at the positions of a chunk:", markdown(["variant", *map(str, range(1, width + 1))], at)] if told else []
+    for title, key in (
+        ("NLL by the tokens of its document that a token's window shows before it:", "nll_by_seen"),
+        ("NLL by distance from the document's start, in the windows that show it from there on:", "nll_by_distance"),
+    ):
+        buckets = [b for b in BUCKETS if any(entry[key][b] is not None for entry in entries)]
+        table = [[entry["name"], *(shown(entry[key][b], ".3f") for b in buckets)] for entry in told]
+        parts += [title, markdown(["variant", *buckets], table)] if told and buckets else []
+    if plot:
+        parts.append(f"![bits per byte](quality_{name}.png)")
+    return "\n\n".join(parts)
+
+
+def where(rows: list[Row]) -> str:
+    """On what the runs were made, and from which commits."""
+    places: dict[str, set[str]] = {}
+    for row in rows:
+        env = row["environment"]
+        machine = f"{env['gpu'] or env['processor']}, torch {env['torch']}"
+        places.setdefault(machine, set()).add(env["commit"] or "unknown")
+    return "".join(f"; {machine}, commit {', '.join(sorted(commits))}" for machine, commits in places.items())
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put a grid's section between its markers, or at the end where there are none; what stands around it stays."""
+    begin, end = f"<!-- ablate {name}: written by tools/ablate.py -->", f"<!-- end of ablate {name} -->"
+    page = path.read_text(encoding="utf-8") if path.exists() else INTRO
+    block = f"{begin}\n{text}\n{end}"
+    if (begin in page) != (end in page):
+        raise UserError(f"{path}: only one of the two markers of {name} is there; remove it, or put the other back")
+    if begin in page:
+        before, rest = page.split(begin, 1)
+        page = before + block + rest.split(end, 1)[1]
+    else:
+        page = page.rstrip("\n") + f"\n\n{block}\n"
+    replace(path, page)
+
+
+def replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_quality(
+    folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None]
+) -> str:
+    """Write quality.md, quality.json and quality_NAME.png for a grid; returns its section.
+
+    rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
+    `token_model` and `recommended`. Rows and recommendation of other grids stay as they are.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = summary(rows, roles)
+    curves: dict[str, list[list[tuple[float, ...]]]] = {}
+    for row in rows:
+        if row["model"] != "ae" and row["bits_per_byte"]:
+            ratio, flops = row["bits_per_byte"] / row["nats_per_token"], row["train_flops"] / row["training_tokens"]
+            points: list[tuple[float, ...]] = [
+                (tokens, tokens * flops, seconds, nats * ratio) for tokens, seconds, nats in row["curve"]
+            ]
+            curves.setdefault(row["name"], []).append(points)
+    if curves:
+        quality_curves(curves, folder / f"quality_{name}.png")
+    text = section(name, source, rows, entries, missing, bool(curves))
+    path = folder / "quality.json"
+    try:
+        page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it") from None
+    kept = [row for row in page.get("rows", []) if row["grid"] != name]
+    page["rows"] = kept + [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows]
+    page["summary"] = {**page.get("summary", {}), name: entries}
+    best = next((entry for entry in entries if entry["name"] == roles["recommended"]), None)
+    if best:
+        settings = next(row["settings"] for row in rows if row["name"] == best["name"])
+        page["recommended"] = {"grid": name, **best, "settings": settings}
+    replace(path, json.dumps(page, indent=1) + "\n")
+    write_section(folder / "quality.md", name, text)
+    return text
