@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SMALL_LM, World, make_student, run_script
+from faulty_server import FaultyServer
 
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.schema import StudentTrainConfig
@@ -26,8 +28,6 @@ from student.baseline import load_token_model
 from student.distillation import open_teacher, shift_right
 from student.losses import student_loss
 from student.train_student import pad_left
-from conftest import ROOT, SMALL_LM, World, make_student, run_script
-from faulty_server import FaultyServer
 from tools import export_hf
 
 
