@@ -89,7 +89,12 @@ class LMTrainConfig(TrainConfig):
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
-    ce_w: float = opt(1.0, "weight of the token cross-entropy under the exact conditional", low=0)
+    ce_w: float | None = opt(
+        None,
+        "weight of the token cross-entropy under the exact conditional; unset: 1, but 0 where a teacher's logprobs are "
+        "known, since its token is one draw from them",
+        low=0,
+    )
     use_kd: bool = opt(False, "distill: train on a teacher's text, and on its logprobs where it tells them")
     kd_w: float = opt(1.0, "weight of the KL from the teacher; without logprobs it is added to --ce_w", low=0)
     kd_temperature: float = opt(1.0, "temperature of both sides of that KL", low=1e-9)
@@ -221,3 +226,41 @@ def parse_config(cls: type[C], description: str | None, argv: Sequence[str] | No
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain values, for checkpoints and run folders."""
     return dataclasses.asdict(config)
+
+
+@dataclass
+class ServeConfig:
+    """`server.py`. The environment's AE_CHECKPOINT, STUDENT_CHECKPOINT and SERVE_<NAME> come between YAML and flags.
+
+    The bearer key is no setting, lest it be printed: it is the environment's SERVE_API_KEY.
+    """
+
+    student_ckpt: str = opt(
+        "checkpoints/student.pt", "student checkpoint; AE_CHECKPOINT's sister STUDENT_CHECKPOINT sets it too"
+    )
+    ae_ckpt: str | None = opt(
+        None, "autoencoder checkpoint it was trained from: checked to fit (the student carries its own copy)"
+    )
+    model_name: str | None = opt(None, "what clients call the model; unset: the student checkpoint's file name")
+    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 is every interface: set SERVE_API_KEY first")
+    port: int = opt(7860, "port to listen on; 0: any free one", low=0, high=65535)
+    device: str = opt("auto", "cpu, cuda, cuda:N or auto")
+    dtype: str = opt(
+        "auto", "of weights and caches; auto: bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16")
+    )
+    compile: bool | None = opt(
+        False, "compile the step before the server is ready (minutes, once a machine); auto: where it can"
+    )
+    slots: int = opt(32, "rows that are written together; a step costs the same however many are in use", low=1)
+    prefill_rows: int = opt(
+        1, "prompts read in one pass; at 1 a seed gives the same text whoever else is served, more is faster under load", low=1
+    )
+    words: int = opt(0, "vocabulary screen: words whose exact logits are computed; 0: all", low=0)
+    rank: int = opt(64, "rank of the screen", low=1)
+    max_queue: int = opt(256, "rows that may wait for a slot; beyond that requests get 429", low=1)
+    max_choices: int = opt(128, "rows a request may ask for: prompts times n", low=1)
+    max_new_tokens: int = opt(4096, "tokens a row may ask for", low=1)
+    max_logprobs: int = opt(20, "most likely words a position that a request may ask for", low=0)
+    max_body_bytes: int = opt(4 << 20, "largest request body", low=1)
+    timeout_s: float = opt(300.0, "seconds until a request is given up, waiting included", low=0.001)
+    grace_s: float = opt(20.0, "seconds that shutting down leaves to what runs and waits", low=0)

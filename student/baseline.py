@@ -133,15 +133,18 @@ def main() -> None:
     model = TokenModel(shape).to(setup.device)
     setup.run.log(f"token_model: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps")
 
-    ce_w = teacher.say(setup.run.log, cfg) if teacher else cfg.ce_w
+    ce_w = teacher.say(setup.run.log, cfg) if teacher else 1.0 if cfg.ce_w is None else cfg.ce_w
 
     def loss(tokens: Tensor, *rows: Tensor) -> loop.Losses:
         states = model.hidden(tokens)[:, 1:]  # (B, T-1, H)
-        ce = token_nll(states.flatten(0, 1), model.table, tokens[:, 1:].flatten()).mean()
+        nll = token_nll(states.flatten(0, 1), model.table, tokens[:, 1:].flatten())
+        ce = nll.mean()
         if not (teacher and rows):
             return ce_w * ce, {"ce": ce.detach()}
-        kl = teacher.divergence(model.table, [row[:, 1:] for row in rows])(states)
-        return ce_w * ce + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
+        rows = tuple(row[:, 1:] for row in rows)
+        ce_at, kl = teacher.hard(cfg, rows), teacher.divergence(model.table, rows)(states)
+        learnt = ce if ce_at is None else (nll * ce_at.flatten()).mean()
+        return ce_w * learnt + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
     compiled = torch.compile(loss) if setup.compile else loss
 

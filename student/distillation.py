@@ -58,12 +58,20 @@ class Teacher:
 
     def say(self, log: Callable[[str], None], cfg: LMTrainConfig) -> float:
         """Say what kind of distillation this is; returns the weight of the cross-entropy that goes with it."""
-        about = self.about()
+        about, ce_w = self.about(), 1.0 if cfg.ce_w is None else cfg.ce_w
         log(f"distillation: {about['kind']} from {', '.join(about['teacher'])}, {about['tokens']:,} tokens in {self.folder}")
         if self.soft:
-            return cfg.ce_w
-        log(f"the teacher told no logprobs: --kd_w {cfg.kd_w:g} is added to --ce_w, on the tokens that it wrote")
-        return cfg.ce_w + cfg.kd_w
+            return ce_w
+        log(f"the teacher told no logprobs: --kd_w {cfg.kd_w:g} is added to --ce_w {ce_w:g}, on the tokens that it wrote")
+        return ce_w + cfg.kd_w
+
+    def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor | None:
+        """The positions (B, T) that learn from the cross-entropy: those without a row, unless --ce_w asks for all (None).
+
+        A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw adds noise
+        to the gradient and nothing else (docs/distillation.md).
+        """
+        return (rows[0] < 0).all(-1) if cfg.ce_w is None and rows else None
 
     def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None) -> tuple[Tensor, ...]:
         """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.

@@ -23,6 +23,7 @@ def student_loss(
     pads: Tensor,
     *,
     ce_w: float,
+    ce_at: Tensor | None = None,
     mse_w: float = 0.0,
     base_w: float = 0.0,
     kd_w: float = 0.0,
@@ -30,26 +31,28 @@ def student_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """tokens (B, T) of which the first pads[b] of a row are padding -> total loss and parts, nats (mse: per dimension).
 
-    ce: mean token cross-entropy under the exact conditional. mse: squared error between the predicted latents and the
-    frozen autoencoder's mean of the true chunks. base: cross-entropy of the parallel logits alone. kd: states (B, T, E) to
-    their divergence from a teacher, such as `kd.losses.mean_kl`. Pads carry no loss.
+    ce: mean token cross-entropy under the exact conditional; ce_at (B, T) marks the positions that learn from it, unset: all.
+    mse: squared error between the predicted latents and the frozen autoencoder's mean of the true chunks. base:
+    cross-entropy of the parallel logits alone. kd: states (B, T, E) to their divergence from a teacher, such as
+    `kd.losses.mean_kl`. Pads carry no loss.
     """
     z_hat = model.predict_latents(tokens)  # (B, L, D)
     states, g = model.token_states(tokens, z_hat)  # (B, T, E)
     real = torch.arange(tokens.shape[1], device=tokens.device) >= pads[:, None]  # (B, T)
     count = real.sum()
 
-    def cross_entropy(h: Tensor) -> Tensor:
-        nll = token_nll(h.flatten(0, 1), model.table, tokens.flatten())
-        return (nll * real.flatten()).sum() / count
+    def nll(h: Tensor) -> Tensor:
+        return token_nll(h.flatten(0, 1), model.table, tokens.flatten()) * real.flatten()
 
-    ce = cross_entropy(states)
-    total, parts = ce_w * ce, {"ce": ce.detach()}
+    each = nll(states)
+    ce = each.sum() / count
+    learnt = ce if ce_at is None else (each * ce_at.flatten()).sum() / count
+    total, parts = ce_w * learnt, {"ce": ce.detach()}
     if kd is not None:
         divergence = kd(states)
         total, parts["kl"] = total + kd_w * divergence, divergence.detach()
     if base_w:
-        base = cross_entropy(g)
+        base = nll(g).sum() / count
         total, parts["base"] = total + base_w * base, base.detach()
     if mse_w:
         assert frozen is not None

@@ -69,13 +69,16 @@ def main() -> None:
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
     if cfg.head == "energy":
         setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w, base_w and kd_w are not used")
-    ce_w = teacher.say(setup.run.log, cfg) if teacher else cfg.ce_w
+    ce_w = teacher.say(setup.run.log, cfg) if teacher else 1.0 if cfg.ce_w is None else cfg.ce_w
 
     def loss(tokens: Tensor, pads: Tensor, *rows: Tensor) -> loop.Losses:
         if cfg.head == "energy":
             return student_energy_loss(model, frozen, tokens, pads)
         kd = teacher.divergence(model.table, rows) if teacher and rows else None
-        return student_loss(model, frozen, tokens, pads, ce_w=ce_w, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd)
+        ce_at = teacher.hard(cfg, rows) if teacher else None
+        return student_loss(
+            model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd
+        )
 
     compiled = torch.compile(loss) if setup.compile else loss
 
