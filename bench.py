@@ -1,10 +1,15 @@
-"""Race the student against the token-level model of the same backbone, both eager.
+"""Race the student against the token-level model of the same backbone, or time training.
 
     python bench.py --student checkpoints/student.pt --baseline checkpoints/token_model.pt --max_new_tokens 128
+    python bench.py --race --scale cpu-100m --batch 1 32 --prompt_tokens 32 2048
+    python bench.py --screen --student checkpoints/student.pt --data data/packed
+    python bench.py --train
 
-Same prompts, same number of new tokens, same threads and dtype; warmed up, then alternating A B A B. Backbone steps are
-counted by a hook on each backbone, not derived. Peak memory is that of a process of its own for each model. Prints a
-table and, last, one JSON line.
+The first compares both eager, at batch 1, in float32. `--race` runs both eager and compiled, in the machine's best dtype,
+at every batch and prompt length asked for, and writes runs/race/race.json and a plot; `--screen` measures what the
+vocabulary screen costs in quality; `--train` times training steps. Same prompts, new tokens, threads and dtype for all;
+warmed up, alternating, medians with their range. Backbone steps are counted by hooks and counters, not derived. Peak memory
+is that of a process of its own for each model. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -16,177 +21,258 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from torch import nn
 
+from ae.chunks import PackedData
 from configs.errors import UserError, run_cli
-from configs.run import environment, pick_device, tune_process
-from student.baseline import TokenModel, load_token_model
-from student.sampler import Sampler, SamplingParams, checkpoint_tokenizer, load_sampler
+from configs.run import check_fingerprint, environment, has_fast_bf16, pick_device, tune_process
+from student import race, speed
+from student.baseline import BackboneConfig, TokenModel, load_token_model
+from student.race import Ids, Lap
+from student.sampler import Sampler, checkpoint_tokenizer, load_sampler
+from student.student_model import Student, StudentConfig
 
 PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ", "def test_", '"""Utilities for ')
 
 
-class Racer(Protocol):
-    """A model that continues one prompt: returns the number of new tokens and the seconds to the first of them."""
-
-    @property
-    def backbone(self) -> torch.nn.Module: ...
-
-    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]: ...
-
-
-class _FirstToken(BaseStreamer):
-    """Notes when `generate` hands out its first new token (the prompt comes first)."""
-
-    def __init__(self) -> None:
-        self.calls, self.at = 0, 0.0
-
-    def put(self, value: Any) -> None:
-        self.calls += 1
-        if self.calls == 2:
-            self.at = time.perf_counter()
-
-    def end(self) -> None: ...
-
-
-class TokenRacer:
-    """The token-level model through transformers' `generate`."""
-
-    def __init__(self, model: TokenModel) -> None:
-        self.model: Any = model.lm
-        self.backbone: torch.nn.Module = model.lm.model
-
-    @torch.inference_mode()
-    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
-        torch.manual_seed(seed)
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        streamer, start = _FirstToken(), time.perf_counter()
-        out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=True,
-            temperature=0.8, top_p=0.95, top_k=0, eos_token_id=None, pad_token_id=0, streamer=streamer,
-        )  # fmt: skip
-        return out.shape[1] - len(prompt), streamer.at - start
-
-
-class StudentRacer:
-    """The student through its sampler."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-        self.backbone: torch.nn.Module = sampler.model.backbone
-
-    def run(self, prompt: Sequence[int], new_tokens: int, seed: int) -> tuple[int, float]:
-        start, first, tokens = time.perf_counter(), 0.0, 0
-        for chunk in self.sampler.stream([prompt], SamplingParams(new_tokens, seed=seed, ignore_eot=True)):
-            first = first or time.perf_counter() - start
-            tokens += len(chunk.token_ids)
-        return tokens, first
-
-
-def count_calls(module: torch.nn.Module, run: Callable[[], Any]) -> int:
+def count_calls(module: nn.Module, run: Any) -> int:
     """How often `module` is called while `run` runs."""
-    calls = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    handle = module.register_forward_hook(hook)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return calls
+    return race.count_calls(module, run)
 
 
-def load(name: str, path: str, device: torch.device) -> tuple[Racer, Any]:
-    """A racer and its tokenizer."""
-    if name == "student":
-        sampler = load_sampler(path, device=device)
-        if sampler.cfg.latents == "none":
-            raise UserError(f"{path} was trained with --latents none: it has no backbone to race")
-        return StudentRacer(sampler), sampler.tokenizer
-    model, content = load_token_model(path)
-    return TokenRacer(model.to(device)), checkpoint_tokenizer(content["tokenizer"], path)
+@dataclass(frozen=True)
+class Shape:
+    """An untrained pair of models: the backbone that both share, the token-level model's table, the student's own parts."""
+
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    latent_dim: int
+    embed_dim: int
 
 
-def peak_mb(name: str, path: str, prompt: str, new_tokens: int, device: str) -> float:
-    """Peak memory, MiB, of a fresh process that loads one model and continues one prompt."""
-    command = [sys.executable, __file__, "--peak_of", name, "--student" if name == "student" else "--baseline", path]
-    command += ["--prompts", prompt, "--max_new_tokens", str(new_tokens), "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+SHAPES = {
+    # 99 M parameters in the backbone; E is half of H, as near as heads of 64 come to student_default.yaml's 768 of 2048
+    "cpu-100m": Shape(768, 12, 6, 3, 2688, 32768, latent_dim=256, embed_dim=384),
+    # Qwen3-0.6B but for the heads' width (64 here, 128 there)
+    "qwen3-0.6b": Shape(1024, 28, 16, 8, 3072, 151936, latent_dim=256, embed_dim=512),
+    "tiny": Shape(32, 2, 2, 1, 64, 320, latent_dim=16, embed_dim=32),  # for the tests
+}
+
+
+@dataclass
+class Pair:
+    """What races: a student and a token-level model with the same tokens, and bits per byte where they are trained."""
+
+    student: Student
+    token_model: TokenModel
+    tokenizer: Any
+    trained: bool
+    bits_per_byte: dict[str, float]
+
+    def prompts(self, rows: int, length: int, seed: int) -> list[list[int]]:
+        """Prompts of one length: random ids, since what is written does not matter here."""
+        ids = torch.randint(2, self.tokenizer.size, (rows, length), generator=torch.Generator().manual_seed(seed))
+        stop = set(self.tokenizer.stop_ids) | {self.tokenizer.pad_id}
+        return [[2 if i in stop else i for i in row] for row in ids.tolist()]
+
+
+def make_pair(args: argparse.Namespace, device: torch.device, context: int) -> Pair:
+    """The models of --scale. Raises UserError for trained ones whose quality is not told: speed alone says nothing."""
+    if args.scale == "demo":
+        sampler = load_sampler(args.student, device=device)
+        model, content = load_token_model(args.baseline)
+        check_fingerprint(content["tokenizer"]["fingerprint"], sampler.tokenizer.fingerprint, args.baseline, args.student)
+        path = Path(args.evaluate or Path(args.student).parent.parent / "evaluate.json")
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))
+            bits = {name: figures[key]["bits_per_byte"] for name, key in (("token", "token_model"), ("student", "student"))}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--race needs the models' bits per byte, from {path}: write it with tools/evaluate.py --student "
+                f"{args.student} --baseline {args.baseline} --data DIR --output FILE, and give --evaluate FILE"
+            ) from None
+        return Pair(sampler.model, model.to(device), sampler.tokenizer, True, bits)
+    shape, k = vars(SHAPES[args.scale]).copy(), 8
+    own = {name: shape.pop(name) for name in ("latent_dim", "embed_dim")}
+    torch.manual_seed(0)
+    base = {**shape, "seq_len": -(-context // k), "k": k}
+    with device:
+        student = Student(StudentConfig(**base, **own, ae_layers=4, local_layers=2, local_window=16, pad_id=1)).eval()
+        model = TokenModel(BackboneConfig(**base)).eval()
+    for part in (student.exit, student.local.exit if student.local else None):
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)  # they start at zero
+    return Pair(student, model, Ids(shape["vocab_size"]), False, {})
+
+
+# ------------------------------------------------------------------------------------------------------------ race
+def run_race(args: argparse.Namespace, device: torch.device) -> None:
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    cells = [(p, b) for p in args.prompt_tokens for b in args.batch]
+    new = {b: max(32, min(args.max_new_tokens, 2048 // b)) for b in args.batch}
+    pair = make_pair(args, device, max(args.prompt_tokens) + max(new.values()) + 8)
+    words = args.words if args.words is not None else 0 if pair.trained else 256
+    speeds = race.bandwidth(device)
+    rows: list[dict[str, Any]] = []
+    for prompt, batch in cells:
+        if prompt + new[batch] > pair.student.cfg.context:
+            race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
+            continue
+        rows += race_cell(args, pair, device, dtype, prompt, batch, new[batch], words, speeds)
+    where = environment()
+    result = {"rows": rows, "bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "words": words, "rank": args.rank} | {
+        "environment": where
+    }
+    folder = Path(args.output or "runs/race/race.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    race.plot(rows, folder.with_suffix(".png"))
+    kind = "trained" if pair.trained else "untrained shapes: speed only"
+    screen = f"screen of {words} words, rank {args.rank}" if words else "exact vocabulary product"
+    print(
+        f"{args.scale} ({kind}), {dtype}, {screen} for student-compiled; {where['threads']} threads, "
+        f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}; "
+        f"copies {speeds['copy'] / 1e9:.1f} GB/s, reads {speeds['read'] / 1e9:.1f} GB/s"
+    )
+    race.table(rows)
+    print(json.dumps(result))
+
+
+def race_cell(
+    args: argparse.Namespace, pair: Pair, device: torch.device, dtype: torch.dtype, prompt: int, batch: int, new: int,
+    words: int, speeds: dict[str, float],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one batch size and prompt length."""
+    prompts, k = pair.prompts(batch, prompt, 0), pair.student.cfg.k
+    racers: dict[str, race.Racer] = {}
+    for name in args.racers:
+        torch._dynamo.reset() if not racers else None
+        racers[name] = race.make_racer(
+            name, pair.student, pair.token_model, pair.tokenizer, rows=batch, context=prompt + new, dtype=dtype, words=words,
+            rank=args.rank,
+        )  # fmt: skip
+        start = time.perf_counter()
+        racers[name].run(prompts, new if name in race.EXTRA else 2 * k, 0)  # its static cache is as long as asked for
+        race.say(f"{args.scale}, batch {batch}, {prompt} prompt tokens: {name} warm after {time.perf_counter() - start:.0f} s")
+    laps: dict[str, list[Lap]] = {name: [] for name in racers}
+    start = time.perf_counter()
+    for repeat in range(args.repeats):
+        for name, racer in racers.items():
+            laps[name].append(racer.run(prompts, new, repeat))
+        if time.perf_counter() - start > args.cell_seconds:
+            break
+    rates = {name: statistics.median(lap.tokens_per_s(batch) for lap in runs) for name, runs in laps.items()}
+    out = []
+    for name, runs in laps.items():
+        student = name.startswith("student")
+        fast = getattr(getattr(racers[name], "sampler", None), "token_step", None)
+        cfg = pair.student.cfg if student else pair.token_model.cfg
+        flops, read = race.cost(cfg, fast.vocabulary if fast else None, batch, prompt + new // 2, dtype.itemsize)
+        rate, written = rates[name], [lap.tokens_per_s(batch) for lap in runs]
+        steps = runs[0].backbone_steps
+        out.append({
+            "scale": args.scale, "racer": name, "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
+            "tokens_per_s": rate, "tokens_per_s_range": [min(written), max(written)], "repeats": len(runs),
+            "ms_per_step": 1000 * batch * (k if student else 1) / rate,
+            "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch, out == []),
+            "backbone_steps": steps, "flops_per_token": flops, "bytes_per_token": read,
+            "bandwidth_share": read * rate / speeds["copy"] if batch == 1 else None,
+            "bits_per_byte": pair.bits_per_byte.get(name.split("-")[0]),
+            "ratio_to_compiled_token_model": rate / rates["token-compiled"] if "token-compiled" in rates else None,
+        })  # fmt: skip
+    return out
+
+
+def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, _: bool) -> float | None:
+    """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out."""
+    first = (prompt, batch) == (args.prompt_tokens[0], args.batch[0])
+    if args.memory == "none" or (args.memory == "first" and not first):
+        return None
+    flags = {"scale": args.scale, "student": args.student, "baseline": args.baseline, "device": args.device}
+    flags |= {"batch": batch, "prompt_tokens": prompt, "peak_of": name, "rank": args.rank}
+    flags |= {"words": args.words} if args.words is not None else {}
+    flags |= {"evaluate": args.evaluate} if args.evaluate else {}
+    command = [sys.executable, __file__, "--race"] + [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}; try --memory none")
     return float(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="checkpoints/student.pt")
-    parser.add_argument("--baseline", default="checkpoints/token_model.pt", help="token-level model checkpoint")
-    parser.add_argument("--ae", help="autoencoder checkpoint: checked to fit the student")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts [3]")
-    parser.add_argument("--output", help="write the JSON there too")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--peak_of", choices=("student", "token_model"), help=argparse.SUPPRESS)  # what peak_mb starts
-    args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.repeats < 1:
-        raise UserError("--max_new_tokens and --repeats: expected at least 1")
-    threads, device = tune_process(), pick_device(args.device)
-    paths = {"token_model": args.baseline, "student": args.student}
-    if args.peak_of:
-        racer, tokenizer = load(args.peak_of, paths[args.peak_of], device)
-        racer.run(tokenizer.encode(args.prompts[0]), args.max_new_tokens, 0)
-        gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
-        print(gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
+def print_peak(args: argparse.Namespace, device: torch.device) -> None:
+    """What `peak_of` starts: load, continue once, print the peak."""
+    if args.race:
+        dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        batch, prompt = args.batch[0], args.prompt_tokens[0]
+        pair = make_pair(args, device, prompt + 40)
+        words = args.words if args.words is not None else 0 if pair.trained else 256
+        racer = race.make_racer(
+            args.peak_of, pair.student, pair.token_model, pair.tokenizer, rows=batch, context=prompt + 32, dtype=dtype,
+            words=words, rank=args.rank,
+        )  # fmt: skip
+        racer.run(pair.prompts(batch, prompt, 0), 32, 0)
+    else:
+        racer, tokenizer = eager_racer(args.peak_of, args, device)
+        racer.run([tokenizer.encode(args.prompts[0])], args.max_new_tokens, 0)
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
+    print(gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------- eager
+def eager_racer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[race.Racer, Any]:
+    """A checkpoint's eager racer in float32, and its tokenizer."""
+    if name == "student":
+        sampler = load_sampler(args.student, device=device)
+        if sampler.cfg.latents == "none":
+            raise UserError(f"{args.student} was trained with --latents none: it has no backbone to race")
+        return race.StudentEager(sampler), sampler.tokenizer
+    model, content = load_token_model(args.baseline)
+    return race.TokenEager(model.to(device)), checkpoint_tokenizer(content["tokenizer"], args.baseline)
+
+
+def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> None:
+    """Both checkpoints, eager, batch 1, on given prompts."""
     if args.ae:
         load_sampler(args.student, args.ae)
-    loaded = {name: load(name, path, device) for name, path in paths.items()}
-    racers = {name: racer for name, (racer, _) in loaded.items()}
+    loaded = {name: eager_racer(name, args, device) for name in ("token_model", "student")}
     if len({tokenizer.fingerprint for _, tokenizer in loaded.values()}) > 1:
         raise UserError("the two models use different tokenizers; their tokens/s cannot be compared")
     prompts = [loaded["student"][1].encode(text) for text in args.prompts]
-    sampler = racers["student"].sampler  # type: ignore[attr-defined]
+    sampler: Sampler = loaded["student"][0].sampler  # type: ignore[attr-defined]
     for prompt in prompts:
         sampler.check(prompt, args.max_new_tokens)
-
-    rates: dict[str, list[float]] = {name: [] for name in racers}
-    firsts: dict[str, list[float]] = {name: [] for name in racers}
-    steps = {}
-    for name, racer in racers.items():  # warm-up, and the count
-        steps[name] = count_calls(racer.backbone, partial(racer.run, prompts[0], args.max_new_tokens, 0))
+    laps: dict[str, list[Lap]] = {name: [] for name in loaded}
+    for racer, _ in loaded.values():  # warm-up
+        racer.run([prompts[0]], args.max_new_tokens, 0)
     for repeat in range(args.repeats):
         for prompt in prompts:
-            for name, racer in racers.items():
-                start = time.perf_counter()
-                tokens, first = racer.run(prompt, args.max_new_tokens, repeat)
-                rates[name].append(tokens / (time.perf_counter() - start))
-                firsts[name].append(first)
-                assert tokens == args.max_new_tokens
+            for name, (racer, _) in loaded.items():
+                laps[name].append(racer.run([prompt], args.max_new_tokens, repeat))
     result: dict[str, Any] = {}
-    for name in racers:
+    for name, runs in laps.items():
+        rates = [lap.tokens / lap.seconds for lap in runs]
+        assert {lap.tokens for lap in runs} == {args.max_new_tokens}
+        flags = ["--student", args.student, "--baseline", args.baseline, "--prompts", args.prompts[0], "--device", args.device]
+        command = [sys.executable, __file__, "--peak_of", name, *flags, "--max_new_tokens", str(args.max_new_tokens)]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True)
         result[name] = {
-            "backbone_steps": steps[name],
-            "tokens": args.max_new_tokens,
-            "tokens_per_s": statistics.median(rates[name]),
-            "tokens_per_s_range": [min(rates[name]), max(rates[name])],
-            "ttft_s": statistics.median(firsts[name]),
-            "peak_mb": peak_mb(name, paths[name], args.prompts[0], args.max_new_tokens, args.device),
-        }
+            "backbone_steps": runs[0].backbone_steps, "tokens": args.max_new_tokens, "tokens_per_s": statistics.median(rates),
+            "tokens_per_s_range": [min(rates), max(rates)], "ttft_s": statistics.median(lap.first_s for lap in runs),
+            "peak_mb": float(peak.stdout.splitlines()[-1]),
+        }  # fmt: skip
     where = environment()
     print(
         f"{args.max_new_tokens} new tokens after each of {len(prompts)} prompts, {args.repeats} times, batch 1, float32, "
-        f"eager; {threads} threads,"
-    )
-    print(
-        f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}, "
+        f"eager; {threads} threads,\n{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}, "
         f"transformers {where['transformers']}"
     )
     print(f"{'':14}{'backbone steps':>16}{'tokens/s':>12}{'(min .. max)':>20}{'first token':>14}{'peak memory':>14}")
@@ -203,6 +289,67 @@ def main() -> None:
     if args.output:
         Path(args.output).write_text(line + "\n", encoding="utf-8")
     print(line)
+
+
+# ---------------------------------------------------------------------------------------------------------- screen
+def run_screen(args: argparse.Namespace, device: torch.device) -> None:
+    """Quality of the vocabulary screen on validation text, by rank and words."""
+    sampler = load_sampler(args.student, device=device)
+    data = PackedData.pair(args.data)[1]
+    check_fingerprint(data.fingerprint, sampler.tokenizer.fingerprint, args.data, args.student)
+    batches = data.batches(sampler.cfg.context, 4, args.windows)
+    rows = race.screen_quality(sampler.model, sampler.never, [b.to(device) for b in batches], args.ranks, args.word_counts)
+    names = list(rows[0])
+    print("".join(f"{name:>16}" for name in names))
+    for row in rows:
+        print("".join(f"{row[name]:>16.5g}" for name in names))
+    print(json.dumps({"rows": rows, "environment": environment()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--race", action="store_true", help="eager and compiled, at every batch and prompt length")
+    mode.add_argument("--screen", action="store_true", help="the vocabulary screen's quality on --data")
+    mode.add_argument("--train", action="store_true", help="training steps: what each setting buys")
+    parser.add_argument("--student", default="checkpoints/student.pt")
+    parser.add_argument("--baseline", default="checkpoints/token_model.pt", help="token-level model checkpoint")
+    parser.add_argument("--ae", help="autoencoder checkpoint: checked to fit the student")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="[128; --race: fewer in large batches]")
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts [3]")
+    parser.add_argument("--output", help="write the JSON there too [--race: runs/race/race.json]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scale", default="demo", choices=("demo", *SHAPES), help="--race: demo is --student and --baseline")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="--race [1]")
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race [32]")
+    parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
+    parser.add_argument("--words", type=int, help="--race: words of the screen, 0 exact [demo 0, else 256]")
+    parser.add_argument("--rank", type=int, default=64, help="--race: rank of the screen [64]")
+    parser.add_argument("--evaluate", help="--race: tools/evaluate.py's JSON [beside the checkpoints' folder]")
+    parser.add_argument("--cell_seconds", type=float, default=300, help="--race: repeat a cell no further after that [300]")
+    parser.add_argument("--memory", default="first", choices=("none", "first", "all"), help="--race: cells to measure it in")
+    parser.add_argument("--data", default="data/packed", help="--screen: packed data")
+    parser.add_argument("--windows", type=int, default=16, help="--screen: validation windows [16]")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128, 256], help="--screen")
+    parser.add_argument("--word_counts", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="--screen")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # what --train starts
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # what peak_of starts
+    args = parser.parse_args()
+    if min(args.max_new_tokens, args.repeats, *args.batch, *args.prompt_tokens) < 1:
+        raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")
+    if args.train:
+        speed.main(args.variant, args.device, args.repeats, args.output)
+        return
+    threads, device = tune_process(), pick_device(args.device)
+    if args.peak_of:
+        print_peak(args, device)
+    elif args.race:
+        run_race(args, device)
+    elif args.screen:
+        run_screen(args, device)
+    else:
+        run_eager(args, device, threads)
 
 
 if __name__ == "__main__":

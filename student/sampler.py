@@ -10,7 +10,7 @@ Legend: `B` rows, `L` chunks of the longest prompt, `K` tokens a chunk, `E` embe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,10 @@ class SamplingParams:
             if not good:
                 raise UserError(f"{name}: expected {wanted}, got {value!r}")
 
+    def for_row(self, i: int) -> SamplingParams:
+        """What row i of a batch uses: its own seed."""
+        return replace(self, seed=self.seed + i)
+
 
 @dataclass
 class Chunk:
@@ -75,19 +79,21 @@ def pick(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
     """One token a row: logits (B, V), uniform (B,) in [0, 1) -> ids (B,), by inverting the filtered distribution's CDF.
 
     top_k keeps the k likeliest tokens; top_p the smallest set of them whose probability reaches p (arXiv 1904.09751).
+    The CDF runs over the vocabulary in its own order.
     """
     if params.temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / params.temperature).softmax(-1)
-    ids = None
     if params.top_k or params.top_p < 1:
-        probs, ids = probs.sort(-1, descending=True)
+        ordered, ids = probs.sort(-1, descending=True)
         if params.top_k:
-            probs[:, params.top_k :] = 0
-        probs[probs.cumsum(-1) - probs >= params.top_p * probs.sum(-1, keepdim=True)] = 0
+            ordered[:, params.top_k :] = 0
+        ordered[ordered.cumsum(-1) - ordered >= params.top_p * ordered.sum(-1, keepdim=True)] = 0
+        probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
     cdf = probs.cumsum(-1)
-    at = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
-    return (at if ids is None else ids.gather(-1, at))[:, 0]
+    total = cdf[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, total * (1 - 2**-23))  # below the total, so that some entry exceeds it
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
 class _Text:
@@ -109,8 +115,11 @@ class _Text:
 
 
 @dataclass
-class _Row:
+class Row:
+    """A sequence being written."""
+
     index: int
+    params: SamplingParams
     generator: torch.Generator
     text: _Text
     tokens: int = 0
@@ -181,15 +190,12 @@ class Sampler:
         if isinstance(getattr(self.model, "exit", None), EnergyHead) and params.temperature != 1:
             raise UserError(f"the energy head has no likelihood to sharpen: expected temperature 1, got {params.temperature}")
         state = self._prefill(prompts)
-        rows = [
-            _Row(i, torch.Generator().manual_seed(params.seed + i), _Text(self.tokenizer, params.stop))
-            for i in range(len(prompts))
-        ]
+        rows = [self.new_row(i, params.for_row(i)) for i in range(len(prompts))]
         while rows:
             tokens = self._write_chunk(state, rows, params)  # (B, K)
             alive = []
             for at, (row, ids) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                chunk = self._accept(row, ids, params)
+                chunk = self._accept(row, ids)
                 yield chunk
                 if chunk.finish_reason is None:
                     alive.append(at)
@@ -201,9 +207,13 @@ class Sampler:
             if rows:
                 self._advance(state, tokens)
 
-    def _accept(self, row: _Row, ids: list[int], params: SamplingParams) -> Chunk:
+    def new_row(self, index: int, params: SamplingParams) -> Row:
+        """A sequence about to be written, with its own random numbers."""
+        return Row(index, params, torch.Generator().manual_seed(params.seed), _Text(self.tokenizer, params.stop))
+
+    def _accept(self, row: Row, ids: list[int]) -> Chunk:
         """What of a chunk a row keeps: nothing past its end of text, its stop string or its last token."""
-        reason = None
+        reason, params = None, row.params
         ended = next((j for j, i in enumerate(ids) if i in self.tokenizer.stop_ids), None)
         if ended is not None and not params.ignore_eot:
             ids, reason = ids[:ended], "stop"
@@ -247,7 +257,7 @@ class Sampler:
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))
         return _State(cache, mask, at[-1] - begin + 1, h, local, tokens[:, -1])
 
-    def _write_chunk(self, state: _State, rows: list[_Row], params: SamplingParams) -> Tensor:
+    def _write_chunk(self, state: _State, rows: list[Row], params: SamplingParams) -> Tensor:
         """The next K tokens of every row, (B, K)."""
         model, k, device = self.model, self.cfg.k, self.never.device
         if state.h is None:

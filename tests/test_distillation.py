@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL_LM, World, make_student, run_script
 from faulty_server import FaultyServer
 
 from ae.tokenizer_adapter import TokenizerAdapter
-from configs.schema import StudentTrainConfig
+from configs.schema import LMTrainConfig, StudentTrainConfig
 from kd import harvest as harvest_script
 from kd import kd_batcher
 from kd.kd_batcher import KDShard, KDWriter
@@ -25,7 +25,7 @@ from kd.losses import bucket_kl, mean_kl
 from kd.records import MISSING
 from student import baseline, train_student
 from student.baseline import load_token_model
-from student.distillation import open_teacher, shift_right
+from student.distillation import Teacher, open_teacher, shift_right
 from student.losses import student_loss
 from student.train_student import pad_left
 from tools import export_hf
@@ -173,6 +173,22 @@ def test_the_student_s_loss_has_the_kl_at_all_positions_but_pads() -> None:
                for b in range(2) for t in range(12) if t >= pads[b]]  # fmt: skip
     assert parts["kl"].item() == pytest.approx(np.mean(by_hand), rel=1e-4)
     assert total.item() == pytest.approx(0.5 * parts["ce"].item() + 2 * parts["kl"].item(), rel=1e-5)
+
+
+def test_where_the_teacher_told_its_logprobs_the_drawn_token_teaches_nothing() -> None:
+    """--ce_w unset: cross-entropy at positions without a row alone; given: everywhere."""
+    model = make_student()
+    tokens, pads = torch.randint(2, 320, (2, 12)), torch.tensor([3, 0])
+    ids = torch.randint(0, 320, (2, 12, 1))
+    ids[:, 8:] = MISSING
+    unset, given = (Teacher.hard(None, LMTrainConfig(ce_w=w), [ids]) for w in (None, 1.0))  # type: ignore[arg-type]
+    assert given is None and unset is not None
+    assert torch.equal(unset, torch.arange(12).expand(2, -1) >= 8)
+    part, whole = (student_loss(model, None, tokens, pads, ce_w=1.0, ce_at=at) for at in (unset, None))
+    with torch.no_grad():
+        nll = model.nll(tokens)
+    assert part[0].item() == pytest.approx(nll[:, 8:].sum().item() / 21, rel=1e-4)  # of 24 positions 3 are pads
+    assert part[1]["ce"].item() == pytest.approx(whole[0].item(), rel=1e-5)
 
 
 def test_validation_counts_scored_positions_after_the_first_chunk(world: World, at_teacher: Path) -> None:
