@@ -18,6 +18,7 @@ MAX_TOKENS ?= 128
 TEMP ?= 0.8
 TOP_P ?= 0.95
 SEED ?= 0
+PORT ?= 7860
 TEACHER ?= Qwen/Qwen3-0.6B
 TEACHER_PORT ?= 8001
 
@@ -28,11 +29,11 @@ TRAIN_FLAGS = --data "$(DATA)" --seed $(SEED) $(call flag,EPOCHS,epochs) $(call 
 export PROMPT PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup demo distill-demo data train-ae train-token-model train-student infer evaluate bench check-api harvest serve-teacher test test-tokenizer test-ae test-student test-kd clean
+.PHONY: help setup demo distill-demo data train-ae train-token-model train-student infer serve evaluate bench check-api harvest serve-teacher test test-tokenizer test-ae test-student test-server test-kd clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED"
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED PORT"
 	@echo "             AE_CONFIG TOKEN_MODEL_CONFIG STUDENT_CONFIG RESUME=1 QUICK=1 ARGS (more flags)"
 
 setup: $(VENV)/installed ## make .venv with the pinned requirements
@@ -71,6 +72,9 @@ infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
 	@$(PY) infer.py --student "$(STUDENT_CKPT)" --ae "$(AE_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
 		--temperature $(TEMP) --top_p $(TOP_P) --seed $(SEED) --stream $(ARGS)
 
+serve: setup ## serve STUDENT_CKPT over HTTP at PORT: /generate, OpenAI's dialect, a page (docs/serving.md)
+	@STUDENT_CHECKPOINT="$(STUDENT_CKPT)" AE_CHECKPOINT="$(wildcard $(AE_CKPT))" $(PY) server.py --port $(PORT) $(ARGS)
+
 evaluate: setup ## figures of AE, token-level model and student on DATA's validation text
 	$(PY) tools/evaluate.py --ae "$(AE_CKPT)" --student "$(STUDENT_CKPT)" --baseline "$(CKPT_DIR)/token_model.pt" --data "$(DATA)" $(ARGS)
 
@@ -88,6 +92,9 @@ test-ae: setup ## tests of the autoencoder
 
 test-student: setup ## tests of student, sampler and metrics
 	$(PY) -m pytest tests/test_student.py tests/test_local_decoder.py tests/test_sampler.py tests/test_brier.py $(ARGS)
+
+test-server: setup ## tests of server and page (openai, lm-eval, schemathesis: .ci/requirements.txt; the page: chromium)
+	$(PY) -m pytest tests/test_server.py tests/test_server_load.py tests/test_page.py $(ARGS)
 
 check-api: setup ## can the server in .env be a teacher? (the tool's own exit code: 0 yes, 1 with a restriction, 2 no)
 	@$(PY) tools/verify_api.py $(ARGS)

@@ -60,8 +60,8 @@ class Shape:
 
 
 SHAPES = {
-    # 99 M parameters in the backbone; E is half of H, as near as heads of 64 come to student_default.yaml's 768 of 2048
-    "cpu-100m": Shape(768, 12, 6, 3, 2688, 32768, latent_dim=256, embed_dim=384),
+    # 99 M parameters in the backbone; E : H about as in student_default.yaml (768 of 2048), in heads of 64
+    "cpu-100m": Shape(768, 12, 6, 3, 2816, 32768, latent_dim=256, embed_dim=320),
     # Qwen3-0.6B but for the heads' width (64 here, 128 there)
     "qwen3-0.6b": Shape(1024, 28, 16, 8, 3072, 151936, latent_dim=256, embed_dim=512),
     "tiny": Shape(32, 2, 2, 1, 64, 320, latent_dim=16, embed_dim=32),  # for the tests
@@ -120,26 +120,22 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     cells = [(p, b) for p in args.prompt_tokens for b in args.batch]
     new = {b: max(32, min(args.max_new_tokens, 2048 // b)) for b in args.batch}
     pair = make_pair(args, device, max(args.prompt_tokens) + max(new.values()) + 8)
-    words = args.words if args.words is not None else 0 if pair.trained else 256
     speeds = race.bandwidth(device)
     rows: list[dict[str, Any]] = []
     for prompt, batch in cells:
         if prompt + new[batch] > pair.student.cfg.context:
             race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
             continue
-        rows += race_cell(args, pair, device, dtype, prompt, batch, new[batch], words, speeds)
+        rows += race_cell(args, pair, device, dtype, prompt, batch, new[batch], speeds)
     where = environment()
-    result = {"rows": rows, "bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "words": words, "rank": args.rank} | {
-        "environment": where
-    }
+    result = {"rows": rows, "bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank} | {"environment": where}
     folder = Path(args.output or "runs/race/race.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     race.plot(rows, folder.with_suffix(".png"))
     kind = "trained" if pair.trained else "untrained shapes: speed only"
-    screen = f"screen of {words} words, rank {args.rank}" if words else "exact vocabulary product"
     print(
-        f"{args.scale} ({kind}), {dtype}, {screen} for student-compiled; {where['threads']} threads, "
+        f"{args.scale} ({kind}), {dtype}, student-compiled with a screen of rank {args.rank}; {where['threads']} threads, "
         f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}; "
         f"copies {speeds['copy'] / 1e9:.1f} GB/s, reads {speeds['read'] / 1e9:.1f} GB/s"
     )
@@ -147,12 +143,19 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps(result))
 
 
+def words_for(args: argparse.Namespace, pair: Pair, batch: int) -> int:
+    """Words of the screen: in large batches the exact product, read once for all rows, is cheaper than choosing words."""
+    if args.words is not None:
+        return args.words
+    return 512 if not pair.trained and batch <= 8 else 0
+
+
 def race_cell(
     args: argparse.Namespace, pair: Pair, device: torch.device, dtype: torch.dtype, prompt: int, batch: int, new: int,
-    words: int, speeds: dict[str, float],
+    speeds: dict[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size and prompt length."""
-    prompts, k = pair.prompts(batch, prompt, 0), pair.student.cfg.k
+    prompts, k, words = pair.prompts(batch, prompt, 0), pair.student.cfg.k, words_for(args, pair, batch)
     racers: dict[str, race.Racer] = {}
     for name in args.racers:
         torch._dynamo.reset() if not racers else None
@@ -180,10 +183,11 @@ def race_cell(
         rate, written = rates[name], [lap.tokens_per_s(batch) for lap in runs]
         steps = runs[0].backbone_steps
         out.append({
-            "scale": args.scale, "racer": name, "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
+            "scale": args.scale, "racer": name, "words": words if fast else 0,
+            "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
             "tokens_per_s": rate, "tokens_per_s_range": [min(written), max(written)], "repeats": len(runs),
             "ms_per_step": 1000 * batch * (k if student else 1) / rate,
-            "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch, out == []),
+            "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch),
             "backbone_steps": steps, "flops_per_token": flops, "bytes_per_token": read,
             "bandwidth_share": read * rate / speeds["copy"] if batch == 1 else None,
             "bits_per_byte": pair.bits_per_byte.get(name.split("-")[0]),
@@ -192,7 +196,7 @@ def race_cell(
     return out
 
 
-def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, _: bool) -> float | None:
+def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int) -> float | None:
     """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out."""
     first = (prompt, batch) == (args.prompt_tokens[0], args.batch[0])
     if args.memory == "none" or (args.memory == "first" and not first):
@@ -214,7 +218,7 @@ def print_peak(args: argparse.Namespace, device: torch.device) -> None:
         dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
         batch, prompt = args.batch[0], args.prompt_tokens[0]
         pair = make_pair(args, device, prompt + 40)
-        words = args.words if args.words is not None else 0 if pair.trained else 256
+        words = words_for(args, pair, batch)
         racer = race.make_racer(
             args.peak_of, pair.student, pair.token_model, pair.tokenizer, rows=batch, context=prompt + 32, dtype=dtype,
             words=words, rank=args.rank,
@@ -324,7 +328,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="--race [1]")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race [32]")
     parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
-    parser.add_argument("--words", type=int, help="--race: words of the screen, 0 exact [demo 0, else 256]")
+    parser.add_argument("--words", type=int, help="--race: words of the screen, 0 exact [demo 0, else 512 up to batch 8]")
     parser.add_argument("--rank", type=int, default=64, help="--race: rank of the screen [64]")
     parser.add_argument("--evaluate", help="--race: tools/evaluate.py's JSON [beside the checkpoints' folder]")
     parser.add_argument("--cell_seconds", type=float, default=300, help="--race: repeat a cell no further after that [300]")

@@ -10,7 +10,8 @@ import sys
 import time
 
 from configs.errors import run_cli
-from configs.run import pick_device, tune_process
+from configs.run import pick_device, tune_process, wants_compile
+from student.fast import FastSampler
 from student.sampler import SamplingParams, load_sampler
 
 
@@ -32,11 +33,21 @@ def main() -> None:
     parser.add_argument(
         "--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long instead of refusing it"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="the fast path: compiles for a minute or two the first time, and is kept on disk"
+    )
+    parser.add_argument("--words", type=int, default=0, help="with --compile: words of the vocabulary screen, 0 is exact [0]")
+    parser.add_argument("--rank", type=int, default=64, help="with --compile: rank of the screen [64]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto [auto]")
     args = parser.parse_args()
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
     threads = tune_process()
-    sampler = load_sampler(args.student, args.ae, pick_device(args.device))
+    device = pick_device(args.device)
+    sampler = load_sampler(args.student, args.ae, device)
+    if args.compile:
+        wants_compile(True, device)
+        sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank)
+        sampler.warm_up([params])
     prompt = sampler.tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:
         print(f"the prompt's last {room} of {len(prompt)} tokens are used", file=sys.stderr)

@@ -261,6 +261,6 @@ class ServeConfig:
     max_choices: int = opt(128, "rows a request may ask for: prompts times n", low=1)
     max_new_tokens: int = opt(4096, "tokens a row may ask for", low=1)
     max_logprobs: int = opt(20, "most likely words a position that a request may ask for", low=0)
-    max_body_bytes: int = opt(4 << 20, "largest request body", low=1)
+    max_body_bytes: int = opt(2 << 20, "largest request body", low=1)
     timeout_s: float = opt(300.0, "seconds until a request is given up, waiting included", low=0.001)
     grace_s: float = opt(20.0, "seconds that shutting down leaves to what runs and waits", low=0)

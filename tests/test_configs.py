@@ -11,7 +11,8 @@ from configs.loop import learning_rate
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("ablate_"))  # grids: test_ablate.py
+OTHERS = ("ablate_", "inference")  # grids (test_ablate.py) and the server's settings (test_server_load.py)
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith(OTHERS))
 
 
 def class_of(path: Path) -> type[TrainConfig]:

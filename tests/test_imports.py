@@ -14,6 +14,7 @@ ALLOWED = {
     "kd": {"configs", "kd"},
     "student": {"configs", "ae", "student"},
     "tools": {"configs", "ae", "student", "kd", "tools"},
+    "web": {"configs", "ae", "student", "web"},
 }
 # What joins two packages: scripts, and what the trainers read teachers with.
 PROGRAMS = {"student/distillation.py": {"kd"}, "kd/harvest.py": {"ae"}, "kd/kd_batcher.py": {"ae"}}

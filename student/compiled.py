@@ -1,0 +1,95 @@
+"""Compiling decoding steps of fixed shapes: inductor with frozen, packed weights on a CPU, a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW_ROWS = 4
+
+
+def cpu_settings(rows: int) -> dict[str, Any]:
+    """Inductor's settings on a CPU, for products of `rows` rows.
+
+    Measured on one core of a Zen 4 in bfloat16, 4096 x 768: with one row inductor's own products read 21 GB/s of weights,
+    oneDNN's 15 GB/s; with 4 rows 19 and 17; with 32 rows they reach 42 and 142 GFLOP/s.
+    """
+    return {
+        "freezing": True,  # weights become constants, packed once
+        "cpp_wrapper": True,  # no Python between kernels
+        "max_autotune": True,
+        "max_autotune_gemm_backends": "CPP" if rows <= FEW_ROWS else "ATEN",
+    }
+
+
+class CompiledStep:
+    """`torch.compile` as a decoding step wants it: called with tensors and, last, what is constant (the filters).
+
+    The tensors of all calls must be alike: nothing is checked any more, since the checks take as long as a small model's
+    step. What is made is kept on disk, and found again by the next process.
+    """
+
+    def __init__(self, step: nn.Module, rows: int) -> None:
+        self.step = step
+        self.config = {} if next(step.parameters()).device.type == "cuda" else cpu_settings(rows)
+        self.ready: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if (ready := self.ready.get(args[-1])) is not None:
+            return ready(*args)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "latentforge" / "inductor"))
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        ready = self.ready[args[-1]] = torch.compile(self._own_function(), fullgraph=True, dynamic=False, options=options)
+        with torch._inductor.config.patch(self.config):  # not among the options: the tracer, too, must know of the freezing
+            return ready(*args)
+
+    def _own_function(self) -> Callable[..., Any]:
+        """The step as a function with a code object of its own: compiled code belongs to that, and is not guarded."""
+        step = self.step
+
+        def run(*args: Any) -> Any:
+            return step(*args)
+
+        return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, run.__defaults__, run.__closure__)
+
+
+class Replayed:
+    """A function of no tensors that works on static ones, recorded once per argument as one CUDA graph and replayed.
+
+    Its result is overwritten by the next call. On a CPU it is simply called.
+    """
+
+    def __init__(self, run: Callable[[Any], Tensor], device: torch.device, state: list[Tensor]) -> None:
+        self.run, self.cuda, self.state = run, device.type == "cuda", state
+        self.graphs: dict[Any, tuple[Any, Tensor]] = {}
+
+    def __call__(self, constant: Any) -> Tensor:
+        if not self.cuda:
+            return self.run(constant)
+        if constant not in self.graphs:
+            self.graphs[constant] = self._record(constant)
+        graph, result = self.graphs[constant]
+        graph.replay()
+        return result
+
+    def _record(self, constant: Any) -> tuple[Any, Tensor]:
+        """Warm up on a side stream, put the state back as it was, and record."""
+        before = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run(constant)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(self.state, before, strict=True):
+            tensor.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.run(constant)
+        return graph, result

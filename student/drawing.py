@@ -1,0 +1,132 @@
+"""Drawing tokens from hidden vectors without leaving the device: filters, inversion of the CDF, and the vocabulary screen.
+
+Everything here has fixed shapes and no branch on data, so that it can be part of a compiled step.
+
+Legend: `B` rows, `V` vocabulary, `E` embedding width, `R` rank of the screen, `C` entries of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+
+DEPTH = 32.0  # nats below the likeliest word: what is rarer has no chance of being drawn, and is never kept by a filter
+HALVINGS = 16  # of DEPTH + 1: thresholds are found to 5e-4 nats
+BLOCK = 64  # the CDF is inverted in two levels: among sums of blocks, then inside one
+
+
+def _cut(weight: Tensor, share: Tensor, wanted: Tensor) -> Tensor:
+    """The highest t with sum of share[weight >= t] >= wanted, (B, 1), to 5e-4 nats; weight (B, C) is at most 1.
+
+    Bisection instead of a sort: 16 passes over a row that lies in the cache. A sort of 32k words takes 10 times as long.
+    """
+    low, step = torch.full_like(wanted, math.exp(-DEPTH)), DEPTH + 1
+    for _ in range(HALVINGS):
+        step /= 2
+        middle = low * math.exp(step)
+        enough = torch.where(weight >= middle, share, 0.0).sum(-1, keepdim=True) >= wanted
+        low = torch.where(enough, middle, low)
+    return low
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor, filters: tuple[bool, bool]
+) -> Tensor:
+    """One index a row: logits (B, C), all else (B,), uniform in [0, 1) -> (B,), by inverting the filtered CDF.
+
+    As `student.sampler.pick`, each row with its own parameters: temperature 0 is greedy, top_k 0 is off, top_p 1 is off.
+    filters: whether any row needs (top_p, top_k); what no row needs is left out of the graph.
+    """
+    logits, greedy = logits.float(), temperature[:, None] == 0
+    scores = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature[:, None])  # (B, C), at most 0
+    weight = torch.where(scores > torch.where(greedy, -1e-30, -DEPTH), scores.exp(), 0.0)
+    use_p, use_k = filters
+    if use_k:
+        count = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None].float()
+        weight = torch.where(weight >= _cut(weight, torch.ones_like(weight), count), weight, 0.0)
+    if use_p:
+        cut = _cut(weight, weight, top_p[:, None] * weight.sum(-1, keepdim=True))
+        weight = torch.where(weight >= torch.where(top_p[:, None] < 1, cut, 0.0), weight, 0.0)
+    return _invert(weight, torch.where(temperature > 0, uniform, 0.0))
+
+
+def _invert(weight: Tensor, uniform: Tensor) -> Tensor:
+    """The index at which the running sum of weight (B, C) first exceeds uniform (B,) times the total; never one of weight 0."""
+    blocks = nn.functional.pad(weight, (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1)  # (B, C / BLOCK)
+    cdf = sums.cumsum(-1)
+    target = torch.minimum(uniform[:, None] * cdf[:, -1:], cdf[:, -1:] * (1 - 2**-23))  # below the total: some sum exceeds it
+    block = (cdf <= target).sum(-1, keepdim=True)  # (B, 1)
+    inside = blocks[torch.arange(len(weight), device=weight.device), block[:, 0]].cumsum(-1)  # (B, BLOCK)
+    rest = (target - cdf.gather(1, block) + sums.gather(1, block)).clamp(min=0.0)
+    rest = torch.minimum(rest, inside[:, -1:] * (1 - 2**-23))
+    return block[:, 0] * BLOCK + (inside <= rest).sum(-1)
+
+
+class Vocabulary(nn.Module):
+    """The exact vocabulary product: hidden vectors (B, E) -> logits (B, V) in float32, -inf for what no token stands for."""
+
+    bias: Tensor  # (V,)
+
+    def __init__(self, table: Tensor, never: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table, requires_grad=False)  # (V, E)
+        self.register_buffer("bias", torch.zeros(len(table)).masked_fill(never.cpu(), -torch.inf).to(table.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.table).float() + self.bias
+
+    def bytes_read(self, rows: int) -> int:
+        """Bytes of weights that one call for `rows` rows must read."""
+        return self.table.nbytes
+
+    def flops(self) -> float:
+        """FLOPs of one call for one row."""
+        return 2.0 * self.table.numel()
+
+
+class Screen(Vocabulary):
+    """Exact logits for the `words` best words of each row; the others keep the logits of a low-rank factor of the table.
+
+    table ~ left (V, R) @ right (R, E), from the table's singular value decomposition: no training. The factor's logits
+    rank the words, and stand in for those of the tail: cutting the tail off instead would take away two to three times as
+    much of the distribution as the factor's errors do (docs/benchmarks.md).
+    """
+
+    def __init__(self, table: Tensor, never: Tensor, words: int, rank: int) -> None:
+        vocab, width = table.shape
+        if words < 1 or not 1 <= rank <= width:
+            raise UserError(f"the screen: expected words >= 1 and 1 <= rank <= {width}, got {words} words of rank {rank}")
+        super().__init__(table, never)
+        self.words = min(words, vocab)
+        left, right = low_rank(table, rank)
+        self.left, self.right = (nn.Parameter(x.to(table.dtype), requires_grad=False) for x in (left, right))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        scores = linear(linear(hidden, self.right), self.left).float() + self.bias  # (B, V)
+        best = scores.topk(self.words, sorted=False).indices  # (B, words)
+        exact = (self.table[best].float() * hidden[:, None].float()).sum(-1) + self.bias[best]
+        return scores.scatter(1, best, exact)
+
+    def bytes_read(self, rows: int) -> int:
+        candidates = self.words * self.table.shape[1] * self.table.element_size()
+        return self.left.nbytes + self.right.nbytes + min(self.table.nbytes, rows * candidates)
+
+    def flops(self) -> float:
+        return 2.0 * (self.left.numel() + self.right.numel() + self.words * self.table.shape[1])
+
+
+def low_rank(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors of a table (V, E) in the least-squares sense: (V, R) and (R, E), float32.
+
+    From the eigenvectors of the E x E matrix table^T table: far smaller than the table.
+    """
+    table = table.float()
+    _, vectors = torch.linalg.eigh((table.T @ table).double())  # ascending
+    right = vectors[:, -rank:].T.float().contiguous()  # (R, E)
+    return table @ right.T, right

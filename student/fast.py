@@ -1,0 +1,300 @@
+"""The sampler's fast path: compiled steps of fixed shapes over a fixed number of slots.
+
+    sampler = FastSampler(model, tokenizer, slots=8)
+    sampler.add([prompt, other], [params, params])        # one pass over both prompts
+    while sampler.active: chunks = sampler.step()         # rows that end leave; others may be added at any time
+
+A chunk is one latent step (the chunk before through encoder and backbone, the predicted latent through the decoder) and K
+token steps (local decoder, vocabulary product, draw). The host gives K uniform numbers a row and reads the K tokens at
+the end. On a CPU the two steps are two compiled functions: unrolled into one, inductor would pack a copy of the local
+decoder and of the vocabulary for each of the K tokens, and a processor's cache holds one of them, not eight (measured:
+twice as slow, and minutes to compile). On a GPU a whole chunk is one CUDA graph. Same seed, same parameters, same tokens
+as the eager sampler's, as far as rounding allows, whoever shares the batch.
+
+Legend: `B` slots, `n` prompts, `L` chunks of a prompt, `K` tokens a chunk, `E` embedding width, `W` window of the local
+decoder, `A` its heads, `d` their width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ae.tokenizer_adapter import TokenizerAdapter
+from configs.errors import UserError
+from configs.run import has_fast_bf16
+from student.compiled import CompiledStep, Replayed
+from student.drawing import Screen, Vocabulary, draw
+from student.local_decoder import LocalDecoder, rotate
+from student.sampler import Chunk, Row, Sampler, SamplingParams
+from student.static import Cache, StaticBackbone, attend
+from student.student_model import Student
+
+
+@dataclass
+class Draws:
+    """Each row's parameters, (B,)."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Draws:
+        ones = torch.ones(rows, device=device)
+        return cls(ones, ones.clone(), torch.zeros(rows, dtype=torch.long, device=device))
+
+    def set(self, row: int | slice, params: SamplingParams) -> None:
+        self.temperature[row], self.top_p[row], self.top_k[row] = params.temperature, params.top_p, params.top_k
+
+
+def filters_of(params: Sequence[SamplingParams]) -> tuple[bool, bool]:
+    """Whether any row filters by (top_p, top_k)."""
+    drawn = [p for p in params if p.temperature > 0]
+    return any(p.top_p < 1 for p in drawn), any(p.top_k > 0 for p in drawn)
+
+
+class LatentStep(nn.Module):
+    """The chunk before -> what the next chunk's tokens start from."""
+
+    def __init__(self, model: Student, positions: int) -> None:
+        super().__init__()
+        self.ae, self.exit, self.enter = model.ae, model.exit, model.backbone_input
+        self.backbone = StaticBackbone(model.backbone, positions)
+        self.local = model.local
+        if model.local is not None:
+            enter_g = model.local.enter.weight[:, : model.cfg.embed_dim].detach()
+            self.enter_g = nn.Parameter(enter_g.contiguous(), requires_grad=False)
+
+    def forward(self, chunk: Tensor, cache: Cache, length: Tensor, constant: None) -> tuple[Tensor, Tensor]:
+        """chunk (B, K), length (B,): positions in the cache -> g and the local decoder's share of it, (B, K, E) each."""
+        h = self.backbone.step(self.enter(chunk), cache, length)  # (B, H)
+        g = self.ae.decode(self.exit(h))
+        return g, g if self.local is None else F.linear(self.local.norm_g(g), self.enter_g)
+
+
+class TokenStep(nn.Module):
+    """The token before -> the next token of a chunk.
+
+    What the local decoder's first projection makes of the token before depends on that token alone, so it is a table.
+    Keys are kept unrotated, oldest first: their distance to the query is the same at every step.
+    """
+
+    def __init__(self, model: Student, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.vocabulary, self.local, local = vocabulary, model.local, model.local
+        if local is not None:
+            enter = local.enter.weight[:, model.cfg.embed_dim :].detach()
+            ids = torch.arange(len(model.table), device=model.table.device).split(8192)
+            with torch.no_grad():
+                made = [F.linear(local.norm_token(model.ae.embed(part)), enter) for part in ids]
+            self.token = nn.Parameter(torch.cat(made), requires_grad=False)  # (V, E)
+
+    def forward(
+        self, g: Tensor, entered: Tensor, previous: Tensor, window: Window | None, draws: Draws, uniform: Tensor,
+        filters: tuple[bool, bool],
+    ) -> Tensor:  # fmt: skip
+        """g, entered (B, E), previous (B,), uniform (B,) -> ids (B,); the window moves on in place."""
+        if self.local is not None and window is not None:
+            g = g + self._local(self.local, entered + self.token[previous], window)
+        return draw(self.vocabulary(g), draws.temperature, draws.top_p, draws.top_k, uniform, filters)
+
+    def _local(self, local: LocalDecoder, x: Tensor, window: Window) -> Tensor:
+        age = torch.arange(local.window - 1, -1, -1, device=x.device)
+        bias = F.pad(window.bias[:, 1:], (0, 1))  # (B, W)
+        for layer, keys, values in zip(local.layers, window.keys, window.values, strict=True):
+            q, k, v = layer.qkv(layer.norm(x)).unflatten(-1, (3, layer.heads, 1, -1)).unbind(1)  # (B, A, 1, d)
+            every_k, every_v = torch.cat([keys[:, :, 1:], k], dim=2), torch.cat([values[:, :, 1:], v], dim=2)  # (B, A, W, d)
+            rotated = rotate(every_k, -age)
+            x = layer.mlp(x + layer.out(attend(q, rotated, every_v, bias).flatten(1)))
+            keys.copy_(every_k)
+            values.copy_(every_v)
+        window.bias.copy_(bias)
+        return local.exit(local.norm(x))
+
+
+@dataclass
+class Window:
+    """Keys (unrotated) and values of the last W tokens in each layer, (B, A, W, d); bias (B, W), -inf before a row begins."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias: Tensor
+
+
+class FastSampler(Sampler):
+    """A Sampler of `slots` rows that share a compiled step; raises UserError for a student that the step does not cover.
+
+    positions: chunks of context that a slot has room for (unset: the model's). dtype: of weights and caches (unset:
+    bfloat16 where the processor has it). words, rank: the vocabulary screen; 0 words is the exact product.
+    """
+
+    def __init__(
+        self, model: Student, tokenizer: TokenizerAdapter, *, slots: int = 1, positions: int | None = None,
+        dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, compile: bool = True,
+    ) -> None:  # fmt: skip
+        cfg, device = model.cfg, model.table.device
+        if cfg.latents == "none" or cfg.head != "direct":
+            raise UserError("the fast path covers students with latents and the direct head; run without --compile")
+        dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
+        model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        super().__init__(model, tokenizer)
+        self.slots, self.positions, self.latent_steps = slots, positions or cfg.seq_len, 0
+        table = model.table
+        vocabulary = Screen(table, self.never, words, rank) if words else Vocabulary(table, self.never)
+        self.latent_step, self.token_step = LatentStep(model, self.positions).eval(), TokenStep(model, vocabulary).eval()
+        del model.backbone  # its weights are in the step now, fused
+        steps = (self.latent_step, self.token_step)
+        self._latent, self._token = (CompiledStep(step, slots) if compile else step for step in steps)
+        self.cache = self.latent_step.backbone.new_cache(slots)
+        self.length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.chunk = torch.full((slots, cfg.k), cfg.pad_id, dtype=torch.long, device=device)
+        self.draws, self.uniform = Draws.empty(slots, device), torch.zeros(slots, cfg.k, device=device)
+        self.window, state = None, [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk]
+        if (local := model.local) is not None:
+            shape = (slots, local.layers[0].heads, local.window, cfg.embed_dim // local.layers[0].heads)
+            keys, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(2))
+            self.window = Window(keys, values, torch.zeros(slots, local.window, device=device))
+            state += [*keys, *values, self.window.bias]
+        self._write = Replayed(self._write_chunk_of_all, device, state)
+        self.rows: list[Row | None] = [None] * slots
+        self._free = deque(range(slots))
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return self.slots - len(self._free)
+
+    @property
+    def free(self) -> int:
+        """Slots that `add` can fill."""
+        return len(self._free)
+
+    def room(self, max_new_tokens: int) -> int:
+        return max(0, (min(self.positions, self.cfg.seq_len) - -(-max_new_tokens // self.cfg.k)) * self.cfg.k)
+
+    @torch.no_grad()
+    def add(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], indices: Sequence[int] = ()) -> list[int]:
+        """Give each prompt a slot, in one pass over all of them; returns the slots. Their chunks carry indices[i], or the slot.
+
+        Raises UserError for prompts that do not fit, or more than there are free slots; then nothing was added.
+        """
+        if len(prompts) > self.free:
+            raise UserError(f"{len(prompts)} prompts for {self.free} free slots; wait for rows to end, or use more slots")
+        for prompt, p in zip(prompts, params, strict=True):
+            self.check(prompt, p.max_new_tokens)
+        if not prompts:
+            return []
+        slots = [self._free.popleft() for _ in prompts]
+        self._prefill_slots(prompts, torch.tensor(slots, device=self.length.device))
+        for i, (slot, p) in enumerate(zip(slots, params, strict=True)):
+            self.rows[slot] = self.new_row(indices[i] if indices else slot, p)
+            self.draws.set(slot, p)
+        return slots
+
+    def remove(self, slot: int) -> None:
+        """Free a slot, whether its row has ended or not."""
+        if self.rows[slot] is not None:
+            self.rows[slot] = None
+            self._free.append(slot)
+
+    @torch.no_grad()
+    def step(self) -> list[Chunk]:
+        """One latent step: the next chunk of every row. Rows that end leave their slots."""
+        rows = [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
+        uniform = torch.zeros(self.uniform.shape)
+        for slot, row in rows:
+            uniform[slot] = torch.rand(self.cfg.k, generator=row.generator)
+        self.uniform.copy_(uniform, non_blocking=True)
+        tokens = self.advance(filters_of([row.params for _, row in rows])).tolist()
+        chunks = []
+        for slot, row in rows:
+            chunks.append(self._accept(row, tokens[slot]))
+            if chunks[-1].finish_reason is not None:
+                self.remove(slot)
+        return chunks
+
+    @torch.no_grad()
+    def advance(self, filters: tuple[bool, bool] = (True, False)) -> Tensor:
+        """The step itself: every slot's next K tokens, (slots, K), still on the device; empty slots give noise."""
+        self.latent_steps += 1
+        return self._write(filters)
+
+    def _write_chunk_of_all(self, filters: tuple[bool, bool]) -> Tensor:
+        g, entered = self._latent(self.chunk, self.cache, self.length, None)
+        token, tokens = self.chunk[:, -1].contiguous(), []
+        for j in range(self.cfg.k):
+            token = self._token(g[:, j], entered[:, j], token, self.window, self.draws, self.uniform[:, j], filters)
+            tokens.append(token)
+        self.chunk.copy_(torch.stack(tokens, dim=1))
+        self.length.add_(1).clamp_(max=self.positions - 1)  # an empty slot stays at the end
+        return self.chunk
+
+    def warm_up(self, params: Sequence[SamplingParams] = ()) -> None:
+        """Compile before the first row comes: what any mix of `params` needs, or (unset) anything that can be asked for.
+
+        Raises UserError while slots are in use.
+        """
+        if self.active:
+            raise UserError(f"{self.active} slots are in use: warm up before adding rows")
+        for filters in [filters_of(params)] if params else [(p, k) for p in (False, True) for k in (False, True)]:
+            self.advance(filters)
+
+    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Chunk]:
+        """As the eager sampler's; prompts beyond the slots wait until rows end."""
+        for prompt in prompts:
+            self.check(prompt, params.max_new_tokens)
+        if self.active:
+            raise UserError(f"{self.active} slots are in use; finish them, or remove them, before another stream")
+        waiting = deque(range(len(prompts)))
+        try:
+            while waiting or self.active:
+                now = [waiting.popleft() for _ in range(min(len(waiting), self.free))]
+                self.add([prompts[i] for i in now], [params.for_row(i) for i in now], now)
+                yield from self.step()
+        finally:
+            for slot in range(self.slots):
+                self.remove(slot)
+
+    def _prefill_slots(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> None:
+        """All but each prompt's last chunk goes through the backbone; that one is the next step's input.
+
+        Rows are aligned at their first position, so that causal attention needs no mask.
+        """
+        model, k, device = self.model, self.cfg.k, slots.device
+        chunks = torch.tensor([-(-len(p) // k) for p in prompts], device=device)  # (n,)
+        longest = int(chunks.max())
+        padded = [[self.cfg.pad_id] * (-len(p) % k) + list(p) for p in prompts]
+        tokens = torch.tensor([p + [self.cfg.pad_id] * (longest * k - len(p)) for p in padded], device=device).unflatten(
+            1, (-1, k)
+        )
+        x = model.start.expand(len(prompts), 1, -1)
+        if longest > 1:
+            x = torch.cat([x, model.backbone_input(tokens[:, :-1])], dim=1)  # (n, L, H): [start, z0, z1, ...]
+        h = self.latent_step.backbone.prefill(x, self.cache, slots)  # (n, L, H)
+        self.length[slots] = chunks
+        each = torch.arange(len(prompts), device=device)
+        self.chunk[slots] = tokens[each, chunks - 1]
+        if model.local is None or self.window is None:
+            return
+        # Only the chunks that the window still depends on, aligned at their ends.
+        need = min(longest, -(-len(model.local.layers) * model.local.window // k))
+        at = chunks[:, None] - need + torch.arange(need, device=device)  # (n, need)
+        rows, first = each[:, None], (-at[:, 0]).clamp(min=0) * k  # (n,): where a row begins
+        g = model.ae.decode(model.exit(h[rows, at.clamp(min=0)])).flatten(1, 2)  # (n, need * K, E)
+        recent = torch.where((at < 0)[..., None], self.cfg.pad_id, tokens[rows, at.clamp(min=0)]).flatten(1)
+        before = torch.where(at[:, 0] > 0, tokens[each, (at[:, 0] - 1).clamp(min=0), -1], self.cfg.pad_id)
+        previous = model.ae.embed(torch.cat([before[:, None], recent[:, :-1]], dim=1))
+        made = model.local.prefill(g, previous, first)
+        back = torch.arange(-model.local.window, 0, device=device) + need * k  # positions that the keys were rotated for
+        for kept, keys in zip(self.window.keys, made.keys, strict=True):
+            kept[slots] = rotate(keys, -back)
+        for kept, values in zip(self.window.values, made.values, strict=True):
+            kept[slots] = values
+        self.window.bias[slots] = torch.where(made.seen, 0.0, -torch.inf)

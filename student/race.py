@@ -1,0 +1,361 @@
+"""The race: the same tokens from the token-level model and from the student, eager and compiled, timed alike.
+
+A racer fills its rows with prompts (`start`), then writes (`run`). Rates are of what comes after the first delivery - the
+first token, or the student's first chunk - so that the pass over the prompt is in the time to first token alone.
+
+Legend: `B` rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ae.tokenizer_adapter import TokenizerAdapter
+from configs.errors import UserError
+from student.baseline import BackboneConfig, TokenModel
+from student.compiled import cpu_settings
+from student.drawing import Screen, Vocabulary
+from student.fast import FastSampler, filters_of
+from student.fast_token import FastTokenModel
+from student.flops import generation_bytes, generation_flops
+from student.sampler import Sampler, SamplingParams
+from student.student_model import Student, StudentConfig
+
+RACERS = ("token-eager", "token-compiled", "student-eager", "student-compiled")
+EXTRA = ("token-generate-compiled",)
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass
+class Lap:
+    """What one run took: seconds to the first delivery and in all, tokens of each row in the first delivery and in all."""
+
+    first_s: float
+    seconds: float
+    first_tokens: int
+    tokens: int
+    backbone_steps: int
+
+    def tokens_per_s(self, rows: int) -> float:
+        return rows * (self.tokens - self.first_tokens) / (self.seconds - self.first_s)
+
+
+class Ids:
+    """A stand-in for a tokenizer, for models of no text: every word is the letter x."""
+
+    pad_id, eot_id, stop_ids = 1, 0, frozenset({0})
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def token_bytes(self, id: int) -> bytes:
+        return b"x"
+
+
+class Racer(Protocol):
+    """Continues prompts of equal length by `new` tokens each."""
+
+    def run(self, prompts: Prompts, new: int, seed: int) -> Lap: ...
+
+
+def settings(new: int, seed: int) -> SamplingParams:
+    return SamplingParams(new, temperature=0.8, top_p=0.95, seed=seed, ignore_eot=True)
+
+
+def say(line: str) -> None:
+    """A line for who waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when `generate` hands out its first new tokens (the prompt comes first)."""
+
+    def __init__(self) -> None:
+        self.calls, self.at = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.at = time.perf_counter()
+
+    def end(self) -> None: ...
+
+
+def count_calls(module: nn.Module, run: Callable[[], Any]) -> int:
+    """How often `module` is called while `run` runs."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = module.register_forward_hook(hook)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+class TokenEager:
+    """The token-level model through transformers' `generate`: a growing cache, nothing compiled.
+
+    static: a static cache and transformers' own compilation of the forward pass instead, weights frozen on a CPU.
+    """
+
+    def __init__(self, model: TokenModel, dtype: torch.dtype = torch.float32, static: bool = False) -> None:
+        lm: Any = copy.deepcopy(model.lm)
+        self.model: Any = lm.to(dtype).eval()
+        self.extra: dict[str, Any] = {}
+        if static:
+            compiling: Any = CompileConfig(fullgraph=False, dynamic=False, mode="default")
+            compiling._compile_all_devices = True  # it compiles on a GPU alone unless told
+            self.extra = {"cache_implementation": "static", "compile_config": compiling}
+
+    @torch.no_grad()
+    def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
+        torch.manual_seed(seed)
+        ids = torch.tensor([list(p) for p in prompts], device=self.model.device)
+        streamer, steps, start = _FirstToken(), 0, time.perf_counter()
+
+        def generate() -> Tensor:
+            return self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=True,
+                temperature=0.8, top_p=0.95, top_k=0, eos_token_id=None, pad_token_id=0, streamer=streamer, **self.extra,
+            )  # fmt: skip
+
+        if self.extra:  # a hook would be compiled away
+            with torch._inductor.config.patch(cpu_settings(len(ids)) if ids.device.type == "cpu" else {}):
+                out, steps = generate(), new
+        else:
+            out = None
+
+            def keep() -> None:
+                nonlocal out
+                out = generate()
+
+            steps = count_calls(self.model.model, keep)
+        synchronise(ids.device)
+        assert out is not None and out.shape[1] == ids.shape[1] + new
+        return Lap(streamer.at - start, time.perf_counter() - start, 1, new, steps)
+
+
+class TokenCompiled:
+    """The token-level model on our own fast path: the baseline that counts."""
+
+    def __init__(self, model: TokenModel, dtype: torch.dtype, rows: int, positions: int) -> None:
+        self.model = FastTokenModel(model, slots=rows, positions=positions, dtype=dtype)
+
+    def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
+        params, model = settings(new, seed), self.model
+        start = time.perf_counter()
+        model.start(prompts, params)
+        first = model.advance(filters_of([params])).tolist()
+        first_s, out = time.perf_counter() - start, [first]
+        for _ in range(new - 1):
+            out.append(model.advance(filters_of([params])).tolist())  # delivered as they come, as the others do
+        return Lap(first_s, time.perf_counter() - start, 1, len(out), 1 + new)
+
+
+class StudentEager:
+    """The student through the eager sampler."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
+        lap = None
+
+        def write() -> None:
+            nonlocal lap
+            lap = _student_lap(self.sampler, prompts, new, seed)
+
+        steps = count_calls(self.sampler.model.backbone, write)
+        assert lap is not None
+        return Lap(*lap, steps)
+
+
+class StudentCompiled:
+    """The student through the fast path."""
+
+    def __init__(self, sampler: FastSampler) -> None:
+        self.sampler = sampler
+
+    def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
+        before = self.sampler.latent_steps
+        lap = _student_lap(self.sampler, prompts, new, seed)
+        return Lap(*lap, 1 + self.sampler.latent_steps - before)
+
+
+def _student_lap(sampler: Sampler, prompts: Prompts, new: int, seed: int) -> tuple[float, float, int, int]:
+    start, first_s, first, tokens = time.perf_counter(), 0.0, 0, 0
+    for chunk in sampler.stream(prompts, settings(new, seed)):
+        if chunk.row == 0:  # the first of a step's chunks: the step is over
+            first_s = first_s or time.perf_counter() - start
+            first = first or len(chunk.token_ids)
+            tokens += len(chunk.token_ids)
+    return first_s, time.perf_counter() - start, first, tokens
+
+
+def make_racer(
+    name: str, student: Student, token_model: TokenModel, tokenizer: TokenizerAdapter, *, rows: int, context: int,
+    dtype: torch.dtype, words: int, rank: int,
+) -> Racer:  # fmt: skip
+    """A racer for `rows` rows of `context` tokens, prompt and continuation together."""
+    if name == "token-eager":
+        return TokenEager(token_model, dtype)
+    if name == "token-generate-compiled":
+        return TokenEager(token_model, dtype, static=True)
+    if name == "token-compiled":
+        return TokenCompiled(token_model, dtype, rows, context)
+    if name == "student-eager":
+        return StudentEager(Sampler(copy.deepcopy(student).to(dtype), tokenizer))
+    if name == "student-compiled":
+        positions = -(-context // student.cfg.k)
+        fast = FastSampler(student, tokenizer, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank)
+        return StudentCompiled(fast)
+    raise UserError(f"--racers {name}: expected {', '.join((*RACERS, *EXTRA))}")
+
+
+def cost(cfg: BackboneConfig, vocabulary: Vocabulary | None, rows: int, context: int, width: int) -> tuple[float, float]:
+    """(FLOPs, bytes read) for one token of one row behind `context` tokens: weights shared by the rows, and its own cache.
+
+    vocabulary: what the student multiplies by (None: the whole table). width: bytes of a number. Weights that a step uses
+    several times count every time, whether or not the processor's cache still holds them.
+    """
+    flops, weights = generation_flops(cfg, context), generation_bytes(cfg, width)
+    if vocabulary is not None:
+        flops["vocabulary"] = vocabulary.flops()
+        weights["vocabulary"] = vocabulary.bytes_read(rows)
+    positions, steps = (context / cfg.k, cfg.k) if isinstance(cfg, StudentConfig) else (context, 1)
+    head_dim = cfg.qwen3(1, 1).head_dim
+    cache = 2 * cfg.num_layers * cfg.num_kv_heads * head_dim * width * positions / steps
+    return sum(flops.values()), sum(weights.values()) / rows + cache
+
+
+def bandwidth(device: torch.device, size: int = 256 << 20) -> dict[str, float]:
+    """The machine's measured bandwidth, bytes/s: copying (read and written bytes) and summing (read bytes), best of 5."""
+    a = torch.ones(size // 4, device=device)
+    b = torch.empty_like(a)
+
+    def best(run: Callable[[], Any], moved: int) -> float:
+        seconds = []
+        for _ in range(6):
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+        return moved / min(seconds[1:])
+
+    return {"copy": best(lambda: b.copy_(a), 2 * size), "read": best(a.sum, size)}
+
+
+def screen_quality(
+    model: Student, never: Tensor, batches: Sequence[Tensor], ranks: Sequence[int], counts: Sequence[int]
+) -> list[dict[str, float]]:
+    """What the screen changes, over the positions of some windows (B, T), by rank and words.
+
+    total_variation: between the exact distribution and the screen's, mean, at temperature 1; cut: what it would be if words
+    outside were dropped. nucleus: the former at temperature 0.8 and top_p 0.95. max_missed: share of the positions whose
+    likeliest word has no exact logit. nats: of the true words under the screen, its excess over the exact distribution's.
+    """
+    rows = []
+    with torch.no_grad():
+        hidden = torch.cat([model.hidden(tokens)[:, model.cfg.k :].flatten(0, 1) for tokens in batches]).float()
+        targets = torch.cat([tokens[:, model.cfg.k :].flatten() for tokens in batches])
+        table = model.table.float()
+        exact = Vocabulary(table, never)
+        for rank in (r for r in ranks if r <= table.shape[1]):
+            for words in (w for w in counts if w < len(table)):
+                screen = Screen(table, never, words, rank)
+                sums = torch.zeros(5, dtype=torch.double)
+                for h, target in zip(hidden.split(256), targets.split(256), strict=True):
+                    true, near = exact(h), screen(h)
+                    p, q = true.softmax(-1), near.softmax(-1)
+                    inside = torch.zeros_like(p, dtype=torch.bool)
+                    inside.scatter_(1, (linear_scores(screen, h)).topk(screen.words).indices, True)
+                    nats = (true.log_softmax(-1) - near.log_softmax(-1)).gather(1, target[:, None])[:, 0]
+                    parts = (
+                        (p - q).abs().sum(-1) / 2, torch.where(inside, 0.0, p).sum(-1),
+                        (nucleus(true) - nucleus(near)).abs().sum(-1) / 2, ~inside.gather(1, p.argmax(-1, keepdim=True))[:, 0],
+                        nats,
+                    )  # fmt: skip
+                    sums += torch.stack([part.double().sum().cpu() for part in parts])
+                values = (sums / len(targets)).tolist()
+                names = ("total_variation", "cut", "nucleus", "max_missed", "nats")
+                rows.append({"rank": rank, "words": words, **dict(zip(names, values, strict=True))})
+    return rows
+
+
+def linear_scores(screen: Screen, hidden: Tensor) -> Tensor:
+    """The factor's logits, (B, V)."""
+    return hidden @ screen.right.T @ screen.left.T + screen.bias
+
+
+def nucleus(logits: Tensor, temperature: float = 0.8, top_p: float = 0.95) -> Tensor:
+    """The distribution that the sampler's default parameters draw from, (B, V)."""
+    ordered, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    return torch.zeros_like(ordered).scatter(-1, ids, ordered / ordered.sum(-1, keepdim=True))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """The race for people."""
+    columns = (
+        "racer words batch prompt tokens/s (min..max) ms/step ttft peak steps MFLOP/token MB/token bandwidth bits/byte ratio"
+    )
+    cells: list[tuple[str, ...]] = [tuple(columns.split())]
+    for r in rows:
+        low, high = r["tokens_per_s_range"]
+        share, ratio, peak = r["bandwidth_share"], r["ratio_to_compiled_token_model"], r["peak_mb"]
+        cells.append((
+            r["racer"], str(r["words"] or "all"), str(r["batch"]), str(r["prompt_tokens"]),
+            f"{r['tokens_per_s']:.1f}", f"({low:.1f}..{high:.1f})",
+            f"{r['ms_per_step']:.2f}", f"{r['ttft_s'] * 1000:.0f} ms", f"{peak:.0f} MiB" if peak else "-",
+            str(r["backbone_steps"]), f"{r['flops_per_token'] / 1e6:.1f}", f"{r['bytes_per_token'] / 1e6:.1f}",
+            f"{share:.0%}" if share else "-", f"{r['bits_per_byte']:.3f}" if r["bits_per_byte"] else "-",
+            f"{ratio:.2f}" if ratio else "-",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(cells[0]))]
+    for row in cells:
+        print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Tokens a second of each racer, by batch size, one panel for each prompt length."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    lengths = sorted({row["prompt_tokens"] for row in rows})
+    figure, axes = plt.subplots(1, max(1, len(lengths)), figsize=(5 * max(1, len(lengths)), 4), sharey=True, squeeze=False)
+    for axis, length in zip(axes[0], lengths, strict=False):
+        for name in dict.fromkeys(row["racer"] for row in rows):
+            mine = sorted((r["batch"], r["tokens_per_s"]) for r in rows if (r["racer"], r["prompt_tokens"]) == (name, length))
+            axis.plot(*zip(*mine, strict=True), marker="o", label=name) if mine else None
+        axis.set(xscale="log", yscale="log", xlabel="batch", title=f"after {length} tokens")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("tokens a second")
+    if rows:
+        axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

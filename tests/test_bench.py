@@ -1,0 +1,106 @@
+"""The race and the training benchmark, on models of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import World, make_student, make_token_model, run_script
+
+import bench
+from student import race, speed
+from student.drawing import Screen, Vocabulary
+
+COLUMNS = {
+    "scale", "racer", "batch", "prompt_tokens", "tokens_per_s", "ms_per_step", "ttft_s", "peak_mb", "backbone_steps",
+    "flops_per_token", "bytes_per_token", "bandwidth_share", "bits_per_byte", "ratio_to_compiled_token_model",
+}  # fmt: skip
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path's own code, without the compiler's minutes; and little memory to measure the bandwidth with."""
+    for module in ("fast", "fast_token"):
+        monkeypatch.setattr(f"student.{module}.CompiledStep", lambda step, rows: step)
+    small = race.bandwidth(torch.device("cpu"), 1 << 20)
+    monkeypatch.setattr(race, "bandwidth", lambda device: small)
+
+
+def test_the_race(uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "race" / "race.json"
+    flags = ["--race", "--scale", "tiny", "--batch", 1, 2, "--prompt_tokens", 9, "--max_new_tokens", 32, "--repeats", 1]
+    flags += ["--words", 64, "--rank", 8, "--memory", "none", "--device", "cpu", "--output", output]
+    assert run_script(bench, *flags) == 0
+    result = json.loads(output.read_text())
+    shown = capsys.readouterr().out
+    assert json.loads(shown.splitlines()[-1]) == result and "untrained shapes: speed only" in shown
+    rows = result["rows"]
+    assert [(r["batch"], r["racer"]) for r in rows] == [(b, name) for b in (1, 2) for name in race.RACERS]
+    for row in rows:
+        assert set(row) >= COLUMNS and row["tokens_per_s"] > 0 and row["ttft_s"] > 0
+        assert (row["bandwidth_share"] is not None) == (row["batch"] == 1)
+        if row["racer"] == "token-compiled":
+            assert row["ratio_to_compiled_token_model"] == 1
+    # 32 tokens: transformers and ours count the pass over the prompt; eagerly it also gives the first token or chunk
+    steps = {row["racer"]: row["backbone_steps"] for row in rows if row["batch"] == 1}
+    assert steps == {"token-eager": 32, "token-compiled": 33, "student-eager": 4, "student-compiled": 5}
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_race_of_trained_models(uncompiled: None, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quality stands beside speed, or there is no race; lengths beyond the context are left out and said."""
+    flags = ["--race", "--student", world.student, "--baseline", world.token_model, "--max_new_tokens", 8, "--repeats", 1]
+    flags += ["--memory", "none", "--device", "cpu", "--output", tmp_path / "r.json", "--prompt_tokens", 4, 400]
+    assert run_script(bench, *flags) == 2
+    assert "--race needs the models' bits per byte" in capsys.readouterr().err
+    (tmp_path / "e.json").write_text(json.dumps({n: {"bits_per_byte": 2.5} for n in ("token_model", "student")}))
+    assert run_script(bench, *flags, "--evaluate", tmp_path / "e.json") in (0, 2)
+    shown = capsys.readouterr()
+    assert "left out: 400 prompt tokens" in shown.err
+
+
+def test_a_cell_cost_counts_what_is_read() -> None:
+    """Against a count by hand: every weight of the backbone once, two bytes each, and the cache of 100 positions."""
+    cfg = make_token_model().cfg
+    flops, read = race.cost(cfg, None, 1, 100, 2)
+    model = make_token_model()
+    weights = sum(p.numel() for p in model.lm.model.parameters())
+    assert read == pytest.approx(2 * weights + 100 * 2 * 2 * 2 * 8, rel=0.02)  # keys and values, 2 layers, 1 head of 8
+    assert flops > 2 * weights * 0.9
+    assert race.cost(cfg, None, 4, 100, 2)[1] < read
+    student = make_student()
+    table, never = student.table.detach(), torch.zeros(len(student.table), dtype=torch.bool)
+    full, screened = (race.cost(student.cfg, v, 1, 32, 2) for v in (Vocabulary(table, never), Screen(table, never, 16, 2)))
+    assert screened[0] < full[0] and screened[1] < full[1]
+
+
+def test_screen_quality() -> None:
+    """More rank and more words never lose more; the mass outside is the total variation."""
+    model = make_student(seq_len=8)
+    tokens = [torch.randint(2, 300, (2, 32))]
+    rows = race.screen_quality(model, torch.zeros(320, dtype=torch.bool), tokens, [2, 16, 99], [16, 160])
+    assert [(r["rank"], r["words"]) for r in rows] == [(2, 16), (2, 160), (16, 16), (16, 160)]
+    by = {(r["rank"], r["words"]): r for r in rows}
+    assert by[2, 16]["total_variation"] > by[2, 160]["total_variation"] > by[16, 160]["total_variation"] >= 0
+    assert by[16, 16]["total_variation"] < 1e-4 and abs(by[16, 16]["nats"]) < 1e-4  # of full rank, it is exact
+    assert by[16, 16]["cut"] > by[16, 160]["cut"] and by[16, 160]["max_missed"] == 0
+
+
+def test_training_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in speed.MODELS:
+        module, loss, tokens = speed.make_step(model, torch.device("cpu"))
+        assert tokens > 1000 and sum(p.numel() for p in module.parameters()) > 1e6
+        assert callable(loss)
+    row: dict[str, Any] = {}
+    monkeypatch.setattr(speed, "make_step", lambda *_: (torch.nn.Linear(2, 2), lambda: module_loss(), 10))
+    linear = torch.nn.Linear(2, 2)
+
+    def module_loss() -> torch.Tensor:
+        return linear(torch.ones(1, 2)).sum()
+
+    row = speed.measure("ae", 0, "cpu", 1)
+    assert row["variant"] == "fp32 eager" and row["tokens_per_s"] > 0
+    assert run_script(bench, "--train", "--variant", "nothing:0") == 2

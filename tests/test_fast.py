@@ -1,0 +1,225 @@
+"""The fast path: the eager sampler's tokens from static shapes, slots that come and go, the screen, and the compiled step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_student, make_token_model
+from test_sampler import GREEDY, PROMPTS, Letters
+
+from configs.errors import UserError
+from student.drawing import Screen, Vocabulary, draw
+from student.fast import FastSampler, filters_of
+from student.fast_token import FastTokenModel
+from student.race import linear_scores
+from student.sampler import Sampler, SamplingParams, pick
+from student.static import StaticBackbone
+from student.student_model import Student
+
+
+def fast(model: Student, slots: int = 4, **options: Any) -> FastSampler:
+    options = {"dtype": torch.float32, "compile": False, **options}
+    return FastSampler(model, Letters(), slots=slots, **options)  # type: ignore[arg-type]
+
+
+def eager(model: Student) -> Sampler:
+    return Sampler(model, Letters())  # type: ignore[arg-type]
+
+
+VARIANTS: list[dict[str, Any]] = [{}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3}]
+MIXED = [
+    SamplingParams(20, temperature=0, ignore_eot=True),
+    SamplingParams(20, seed=3, top_p=0.7),
+    SamplingParams(20, seed=4, top_p=1, temperature=1.3),
+    SamplingParams(20, seed=5, top_k=20),
+]
+
+
+@pytest.mark.parametrize("change", VARIANTS)
+def test_greedy_tokens_are_the_eager_samplers(change: dict[str, Any]) -> None:
+    """Unequal prompts in one batch, and more prompts than slots; in float32 only a tie could tell the two apart."""
+    model = make_student(seq_len=48, **change)
+    expected = eager(model).generate(PROMPTS, GREEDY)
+    assert fast(model).generate(PROMPTS, GREEDY) == expected
+    assert fast(model, slots=2).generate(PROMPTS, GREEDY) == expected
+
+
+def test_the_same_seed_draws_the_same_tokens() -> None:
+    """Thresholds are found to 5e-4 nats and sums are rounded in another order: a draw within that of a border may differ.
+
+    With about 1e-4 of the distribution so near a border, 4 rows of 20 tokens differ once in some ten seeds; a fault
+    would make all of them differ.
+    """
+    model = make_student(seq_len=48)
+    for params in MIXED:
+        expected, got = eager(model).generate(PROMPTS, params), fast(model).generate(PROMPTS, params)
+        assert sum(a == b for a, b in zip(expected, got, strict=True)) >= 3
+
+
+def test_company_does_not_matter() -> None:
+    """A row among others, with other parameters, joining late, is the row alone."""
+    model = make_student(seq_len=48)
+    alone = [eager(model).generate([p], params)[0].token_ids for p, params in zip(PROMPTS, MIXED, strict=True)]
+    sampler, out = fast(model), {i: [] for i in range(4)}  # type: dict[int, list[int]]
+    waiting = list(zip(range(4), PROMPTS, MIXED, strict=True))
+    steps = 0
+    while waiting or sampler.active:
+        if waiting and steps % 2 == 0:  # one joins every second step
+            i, prompt, params = waiting.pop(0)
+            sampler.add([prompt], [params], [i])
+        for chunk in sampler.step():
+            out[chunk.row] += chunk.token_ids
+        steps += 1
+    assert [out[i] for i in range(4)] == alone
+
+
+def test_slots_are_given_back() -> None:
+    model = make_student(seq_len=48)
+    sampler, params = fast(model, slots=2), SamplingParams(12, seed=7)
+    first, second = sampler.add(PROMPTS[:2], [params, params])
+    assert (sampler.active, sampler.free) == (2, 0)
+    with pytest.raises(UserError, match="1 prompts for 0 free slots"):
+        sampler.add([PROMPTS[2]], [params])
+    sampler.step()
+    sampler.remove(first)
+    sampler.remove(first)  # twice is once
+    assert sampler.free == 1
+    (third,) = sampler.add([PROMPTS[2]], [params])  # into the used slot: nothing of the row before is left
+    assert third == first
+    out: dict[int, list[int]] = {second: [], third: []}
+    while sampler.active:
+        for chunk in sampler.step():
+            out[chunk.row] += chunk.token_ids
+    assert out[third] == eager(model).generate([PROMPTS[2]], params)[0].token_ids
+    with pytest.raises(UserError, match="the prompt is empty"):
+        sampler.add([[]], [params])
+    assert sampler.free == 2 and sampler.add([], []) == []
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(UserError, match="run without --compile"):
+        fast(make_student(latents="none"))
+    with pytest.raises(UserError, match="run without --compile"):
+        fast(make_student(head="energy"))
+    model = make_student()
+    model.backbone.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UserError, match="sliding_attention"):
+        StaticBackbone(model.backbone, 8)
+    sampler = fast(make_student(seq_len=48), positions=8)
+    with pytest.raises(UserError, match="room for a prompt of 12"):
+        sampler.add([[5] * 13], [SamplingParams(20)])
+    sampler.add([[5]], [SamplingParams(20)])
+    with pytest.raises(UserError, match="slots are in use"):
+        next(iter(sampler.stream([[5]], SamplingParams(4))))
+    with pytest.raises(UserError, match="1 <= rank <= 16"):
+        fast(make_student(), words=4, rank=17)
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+def distribution(logits: torch.Tensor, params: SamplingParams, how: str) -> torch.Tensor:
+    """Shares of the ids that 20,000 evenly spread uniforms draw."""
+    n = 20_000
+    uniform = (torch.arange(n) + 0.5) / n
+    rows = logits.expand(n, -1)
+    if how == "pick":
+        ids = pick(rows, params, uniform)
+    else:
+        each = [torch.full((n,), float(x)) for x in (params.temperature, params.top_p)] + [torch.full((n,), params.top_k)]
+        ids = draw(rows, *each, uniform, filters_of([params]))
+    return ids.bincount(minlength=logits.shape[-1]) / n
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_p": 1.0}, {"top_k": 5, "top_p": 1.0}, {"top_k": 30, "top_p": 0.6}, {"top_p": 0.01}, {"temperature": 0.0}],
+)
+def test_draw_has_the_distribution_of_pick(params: dict[str, Any]) -> None:
+    """Inverting a CDF at n even points gives each word's share to 1/n; the two differ by 2/n at most, plus rounding."""
+    settings = SamplingParams(**{"temperature": 0.9, **params})
+    logits = 2 * torch.randn(50)
+    assert torch.allclose(distribution(logits, settings, "draw"), distribution(logits, settings, "pick"), atol=1.5e-4)
+
+
+def test_rows_have_their_own_parameters() -> None:
+    logits = torch.randn(4, 50)
+    uniform = torch.tensor([0.3, 0.9, 0.6, 1 - 2**-24])
+    each = [torch.tensor([getattr(p, name) for p in MIXED]) for name in ("temperature", "top_p", "top_k")]
+    got = draw(logits, *each, uniform, filters_of(MIXED))
+    assert got.tolist() == [pick(row[None], p, u[None]).item() for row, p, u in zip(logits, MIXED, uniform, strict=True)]
+
+
+def test_masked_words_are_never_drawn() -> None:
+    logits = torch.randn(64, 50)
+    logits[:, [0, 3, 49]] = -torch.inf
+    ones = torch.ones(64)
+    for u in (0.0, 0.5, 1 - 2**-24):
+        ids = draw(logits, 50 * ones, ones, torch.zeros(64, dtype=torch.long), u * ones, (False, False))
+        assert not set(ids.tolist()) & {0, 3, 49}
+
+
+# ------------------------------------------------------------------------------------------------------------ screen
+def test_a_screen_of_all_words_is_exact() -> None:
+    """Whatever its rank: it then chooses nothing."""
+    table, never = torch.randn(301, 16), torch.zeros(301, dtype=torch.bool)
+    never[[1, 300]] = True
+    hidden = torch.randn(5, 16)
+    assert torch.allclose(Screen(table, never, words=301, rank=2)(hidden), Vocabulary(table, never)(hidden), atol=1e-5)
+
+
+def test_a_screen_of_full_rank_is_exact() -> None:
+    """Whatever its words: the factor is then the table. And a screen's best words are exact at any rank."""
+    table, never = torch.randn(400, 16), torch.zeros(400, dtype=torch.bool)
+    hidden = torch.randn(20, 16)
+    exact = Vocabulary(table, never)(hidden)
+    assert torch.allclose(Screen(table, never, words=8, rank=16)(hidden), exact, atol=1e-4)
+    screen = Screen(table, never, words=50, rank=4)
+    logits, factor = screen(hidden), linear_scores(screen, hidden)
+    same = (logits - exact).abs() < 1e-4
+    assert (same.sum(-1) >= 50).all() and same.gather(1, factor.topk(50).indices).all()
+
+
+def test_the_screen_in_the_sampler() -> None:
+    """Greedy text through a screen that holds the best word is the exact text."""
+    model = make_student(seq_len=48)
+    expected = eager(model).generate(PROMPTS, GREEDY)
+    assert fast(model, words=160, rank=16).generate(PROMPTS, GREEDY) == expected
+    ids = [i for out in fast(model, words=16, rank=4).generate(PROMPTS, MIXED[2]) for i in out.token_ids]
+    assert not set(ids) & {1, *range(300, 320)}  # what the tokenizer lacks is not drawn
+
+
+# ------------------------------------------------------------------------------------------------------- token model
+def test_the_token_model_equals_its_full_forward() -> None:
+    """Greedy continuations of unequal prompts are the arg max of the stock model's forward pass."""
+    model, prompts = make_token_model(), [[5, 6, 7], [9] * 10, [3]]
+    quick = FastTokenModel(model, slots=3, positions=32, dtype=torch.float32, compile=False)
+    quick.start(prompts, SamplingParams(12, temperature=0))
+    out = [quick.advance(filters_of([])).tolist() for _ in range(12)]
+    for i, prompt in enumerate(prompts):
+        text = prompt + [step[i] for step in out]
+        logits = model.lm(torch.tensor([text])).logits[0]
+        top = logits[len(prompt) - 1 : -1].topk(2).values
+        said = logits[torch.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]]
+        assert torch.allclose(said, top[:, 0], atol=1e-3)
+    with pytest.raises(UserError, match="expected 3 prompts"):
+        quick.start(prompts[:2], SamplingParams(12))
+
+
+# ---------------------------------------------------------------------------------------------------------- compiled
+def test_compiled_equals_eager() -> None:
+    """In float32 the compiled step gives the eager sampler's greedy text, up to ties that rounding decides.
+
+    Checked as the arg max of a full pass: every token it wrote has the highest logit there, to 1e-3.
+    """
+    model = make_student(seq_len=16, local_layers=1, num_layers=1)
+    sampler = fast(model, slots=2, compile=True)
+    sample, prompts = eager(model), PROMPTS[:2]
+    for prompt, out in zip(prompts, sampler.generate(prompts, GREEDY), strict=True):
+        text = [1] * (-len(prompt) % 4) + prompt + out.token_ids
+        known, whole = len(text) - 18, text + [1] * (-len(text) % 4)
+        logits = model.ae.logits(model.hidden(torch.tensor([whole]))).masked_fill(sample.never, -torch.inf)[0]
+        said = logits[torch.arange(known, known + 18), out.token_ids]
+        assert torch.allclose(said, logits[known : known + 18].amax(-1), atol=1e-3)
+    drawn = sampler.generate(prompts, SamplingParams(16, temperature=0, seed=9))  # the same graph again
+    assert drawn[0].token_ids == sample.generate(prompts[:1], SamplingParams(16, temperature=0, seed=9))[0].token_ids

@@ -1,0 +1,1 @@
+"""What stands between HTTP and the batcher: requests and answers, limits, metrics, and the page."""
