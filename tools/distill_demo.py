@@ -115,7 +115,7 @@ def main() -> int:
         "--prompts", help="packed data to take prompts from [none: start of text; the demo's teacher: its data]"
     )
     parser.add_argument("--grid", default="configs/ablate_distill_demo.yaml", help="what to train [%(default)s]")
-    parser.add_argument("--n_tokens", type=int, default=300_000, help="tokens to harvest [%(default)s]")
+    parser.add_argument("--n_tokens", type=int, default=150_000, help="tokens to harvest [%(default)s]")
     parser.add_argument("--sample", default="Once upon a time", help="beginning of the samples [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time [1]")
     args = parser.parse_args()
