@@ -191,8 +191,10 @@ class FastSampler(Sampler):
             self.check(prompt, p.max_new_tokens)
         if not prompts:
             return []
-        slots = [self._free.popleft() for _ in prompts]
+        slots = [self._free[i] for i in range(len(prompts))]
         self._prefill_slots(prompts, torch.tensor(slots, device=self.length.device))
+        for _ in slots:  # only now: a pass that fails, for want of memory say, costs no slot
+            self._free.popleft()
         for i, (slot, p) in enumerate(zip(slots, params, strict=True)):
             self.rows[slot] = self.new_row(indices[i] if indices else slot, p)
             self.draws.set(slot, p)

@@ -223,3 +223,12 @@ def test_compiled_equals_eager() -> None:
         assert torch.allclose(said, logits[known : known + 18].amax(-1), atol=1e-3)
     drawn = sampler.generate(prompts, SamplingParams(16, temperature=0, seed=9))  # the same graph again
     assert drawn[0].token_ids == sample.generate(prompts[:1], SamplingParams(16, temperature=0, seed=9))[0].token_ids
+
+
+def test_a_failing_prefill_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = fast(make_student(), 2, compile=False)
+    monkeypatch.setattr(sampler, "_prefill_slots", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        sampler.add([[5, 6]], [SamplingParams(4)])
+    monkeypatch.undo()
+    assert sampler.free == 2 and sampler.add([[5, 6]] * 2, [SamplingParams(4)] * 2) == [0, 1]
