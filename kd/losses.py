@@ -36,7 +36,9 @@ def teacher_buckets(top_ids: Tensor, top_logprobs: Tensor, vocab_size: int, temp
     return (torch.cat([words, rest[:, None]], dim=-1) / temperature).log_softmax(-1)
 
 
-def logits_kl(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
+def logits_kl(
+    logits: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float = 1.0, drawn: Tensor | None = None
+) -> Tensor:
     """`bucket_kl` of a student given by its logits, (N, V) -> (N,)."""
     dtype, vocab_size = torch.promote_types(logits.dtype, torch.float32), logits.shape[-1]
     logits, known = logits.to(dtype), top_ids >= 0
@@ -49,14 +51,27 @@ def logits_kl(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature
     teacher = teacher_buckets(top_ids, top_logprobs.to(dtype), vocab_size, temperature)
     mass = teacher.exp()
     kl = (mass * (teacher.masked_fill(mass == 0, 0.0) - student)).sum(-1)
-    return temperature**2 * kl.clamp(min=0)  # below 0 there is only rounding
+    kl = temperature**2 * kl.clamp(min=0)  # below 0 there is only rounding
+    if drawn is None:
+        return kl
+    elsewhere = known.any(-1) & ~told.gather(-1, drawn[:, None])[:, 0]
+    return kl + torch.where(elsewhere, rest - logits.gather(-1, drawn[:, None])[:, 0], 0.0)
 
 
-def _table_kl(hidden: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float) -> Tensor:
-    return logits_kl(hidden @ table.T, top_ids, top_logprobs, temperature)
+def _table_kl(
+    hidden: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float, drawn: Tensor | None
+) -> Tensor:
+    return logits_kl(hidden @ table.T, top_ids, top_logprobs, temperature, drawn)
 
 
-def bucket_kl(hidden: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
+def bucket_kl(
+    hidden: Tensor,
+    table: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    temperature: float = 1.0,
+    drawn: Tensor | None = None,
+) -> Tensor:
     """KL(teacher || student) of each position, nats: hidden (N, E), table (V, E), top_ids (N, k), top_logprobs (N, k) -> (N,).
 
     The student is softmax(hidden table^T), which stands for the same position under the same prefix as the teacher's.
@@ -67,20 +82,38 @@ def bucket_kl(hidden: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tens
     the shape of the rest is not known. It stays a KL, and with k = V it is the usual tempered one. The result is
     multiplied by temperature^2, which keeps the size of the gradients.
 
+    drawn: (N,), the tokens that stand there. The buckets tell nothing of the words inside the rest; a token drawn from it
+    does: -log student(token | rest) is added where the token is none of the k. For tokens that the teacher drew at
+    temperature 1, the mean of the sum is the dense KL and a constant, with the noise of the draw in the rest alone.
+
     With a large vocabulary the (N, V) logits are made a slice of rows at a time and again in the backward pass, so that
     memory stays bounded whatever N * V is.
     """
     rows = max(1, MAX_LOGITS // table.shape[0])
     if hidden.shape[0] <= rows:
-        return _table_kl(hidden, table, top_ids, top_logprobs, temperature)
-    parts = zip(hidden.split(rows), top_ids.split(rows), top_logprobs.split(rows), strict=True)
+        return _table_kl(hidden, table, top_ids, top_logprobs, temperature, drawn)
+    tokens = [None] * -(-hidden.shape[0] // rows) if drawn is None else drawn.split(rows)
+    parts = zip(hidden.split(rows), top_ids.split(rows), top_logprobs.split(rows), tokens, strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([_table_kl(h, table, ids, logprobs, temperature) for h, ids, logprobs in parts])
-    slices = [checkpoint(_table_kl, h, table, ids, logprobs, temperature, use_reentrant=False) for h, ids, logprobs in parts]
+        return torch.cat([_table_kl(h, table, ids, logprobs, temperature, t) for h, ids, logprobs, t in parts])
+    slices = [
+        checkpoint(_table_kl, h, table, ids, logprobs, temperature, t, use_reentrant=False) for h, ids, logprobs, t in parts
+    ]
     return torch.cat(slices)  # type: ignore[arg-type]
 
 
-def mean_kl(states: Tensor, table: Tensor, top_ids: Tensor, top_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean `bucket_kl` over the positions that the teacher scored: states (B, T, E), rows (B, T, k) -> (); 0 without any."""
-    kl = bucket_kl(states.flatten(0, 1), table, top_ids.flatten(0, 1), top_logprobs.flatten(0, 1), temperature)
+def mean_kl(
+    states: Tensor,
+    table: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    temperature: float = 1.0,
+    drawn: Tensor | None = None,
+) -> Tensor:
+    """Mean `bucket_kl` over the positions that the teacher scored: states (B, T, E), rows (B, T, k), drawn (B, T) -> ().
+
+    0 where the teacher scored none.
+    """
+    tokens = None if drawn is None else drawn.flatten()
+    kl = bucket_kl(states.flatten(0, 1), table, top_ids.flatten(0, 1), top_logprobs.flatten(0, 1), temperature, tokens)
     return kl.sum() / (top_ids >= 0).any(-1).sum().clamp(min=1)

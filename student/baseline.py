@@ -142,7 +142,7 @@ def main() -> None:
         if not (teacher and rows):
             return ce_w * ce, {"ce": ce.detach()}
         rows = tuple(row[:, 1:] for row in rows)
-        ce_at, kl = teacher.hard(cfg, rows), teacher.divergence(model.table, rows)(states)
+        ce_at, kl = teacher.hard(cfg, rows), teacher.divergence(cfg, model.table, rows, tokens[:, 1:])(states)
         learnt = ce if ce_at is None else (nll * ce_at.flatten()).mean()
         return ce_w * learnt + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
 

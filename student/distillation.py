@@ -68,8 +68,8 @@ class Teacher:
     def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor | None:
         """The positions (B, T) that learn from the cross-entropy: those without a row, unless --ce_w asks for all (None).
 
-        A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw adds noise
-        to the gradient and nothing else (docs/distillation.md).
+        A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw tells more
+        only of the words beyond the row, and `divergence` takes that from it (docs/distillation.md).
         """
         return (rows[0] < 0).all(-1) if cfg.ce_w is None and rows else None
 
@@ -85,9 +85,13 @@ class Teacher:
             return ids, logprobs
         return shift_right(ids, pads, MISSING), shift_right(logprobs, pads, 0.0)
 
-    def divergence(self, table: Tensor, rows: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """States (B, T, E) -> their mean KL to the teacher's rows."""
-        return partial(mean_kl, table=table, top_ids=rows[0], top_logprobs=rows[1], temperature=self.temperature)
+    def divergence(
+        self, cfg: LMTrainConfig, table: Tensor, rows: Sequence[Tensor], tokens: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """States (B, T, E) -> their mean KL to the teacher's rows; where the cross-entropy leaves them out, the tokens (B, T)
+        still tell the words beyond the row apart."""
+        drawn = tokens if cfg.ce_w is None else None
+        return partial(mean_kl, table=table, top_ids=rows[0], top_logprobs=rows[1], temperature=self.temperature, drawn=drawn)
 
     @torch.no_grad()
     def validate(self, model: Any, setup: loop.Setup, limit: int, batch_size: int = 8) -> dict[str, float]:

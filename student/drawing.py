@@ -16,7 +16,7 @@ from configs.errors import UserError
 
 DEPTH = 32.0  # nats below the likeliest word: what is rarer has no chance of being drawn, and is never kept by a filter
 HALVINGS = 16  # of DEPTH + 1: thresholds are found to 5e-4 nats
-BLOCK = 64  # the CDF is inverted in two levels: among sums of blocks, then inside one
+BLOCK = 16
 
 
 def _cut(weight: Tensor, share: Tensor, wanted: Tensor) -> Tensor:
@@ -28,9 +28,14 @@ def _cut(weight: Tensor, share: Tensor, wanted: Tensor) -> Tensor:
     for _ in range(HALVINGS):
         step /= 2
         middle = low * math.exp(step)
-        enough = torch.where(weight >= middle, share, 0.0).sum(-1, keepdim=True) >= wanted
+        enough = _sum(torch.where(weight >= middle, share, 0.0)) >= wanted
         low = torch.where(enough, middle, low)
     return low
+
+
+def _sum(x: Tensor) -> Tensor:
+    """(B, C) -> (B, 1), first over BLOCK strided parts: many running sums instead of one, which would wait for itself."""
+    return x.unflatten(-1, (BLOCK, -1)).sum(-2).sum(-1, keepdim=True)
 
 
 def draw(
@@ -44,19 +49,20 @@ def draw(
     logits, greedy = logits.float(), temperature[:, None] == 0
     scores = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature[:, None])  # (B, C), at most 0
     weight = torch.where(scores > torch.where(greedy, -1e-30, -DEPTH), scores.exp(), 0.0)
+    weight = nn.functional.pad(weight, (0, -weight.shape[-1] % BLOCK))
     use_p, use_k = filters
     if use_k:
         count = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None].float()
         weight = torch.where(weight >= _cut(weight, torch.ones_like(weight), count), weight, 0.0)
     if use_p:
-        cut = _cut(weight, weight, top_p[:, None] * weight.sum(-1, keepdim=True))
+        cut = _cut(weight, weight, top_p[:, None] * _sum(weight))
         weight = torch.where(weight >= torch.where(top_p[:, None] < 1, cut, 0.0), weight, 0.0)
     return _invert(weight, torch.where(temperature > 0, uniform, 0.0))
 
 
 def _invert(weight: Tensor, uniform: Tensor) -> Tensor:
     """The index at which the running sum of weight (B, C) first exceeds uniform (B,) times the total; never one of weight 0."""
-    blocks = nn.functional.pad(weight, (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = weight.unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1)  # (B, C / BLOCK)
     cdf = sums.cumsum(-1)
     target = torch.minimum(uniform[:, None] * cdf[:, -1:], cdf[:, -1:] * (1 - 2**-23))  # below the total: some sum exceeds it

@@ -74,7 +74,7 @@ def main() -> None:
     def loss(tokens: Tensor, pads: Tensor, *rows: Tensor) -> loop.Losses:
         if cfg.head == "energy":
             return student_energy_loss(model, frozen, tokens, pads)
-        kd = teacher.divergence(model.table, rows) if teacher and rows else None
+        kd = teacher.divergence(cfg, model.table, rows, tokens) if teacher and rows else None
         ce_at = teacher.hard(cfg, rows) if teacher else None
         return student_loss(
             model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd

@@ -157,3 +157,30 @@ def test_log1mexp() -> None:
     )
     torch.testing.assert_close(log1mexp(x), expected, rtol=1e-12, atol=0)
     assert log1mexp(torch.zeros(1)) == -torch.inf
+
+
+def test_with_the_drawn_token_the_mean_is_the_dense_kl() -> None:
+    """Summed over all tokens that the teacher may draw, values and gradients: KL over buckets, and the draw inside the rest."""
+    teacher = torch.randn(3, 12, dtype=torch.float64).mul(2).log_softmax(-1)
+    logprobs, ids = teacher.topk(4)
+    logits = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    dense = (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1)
+    outside = torch.ones(3, 12, dtype=torch.bool).scatter(-1, ids, False)
+    within = teacher.masked_fill(~outside, -torch.inf).log_softmax(-1)  # of the words beyond the row
+    entropy = -(teacher.exp() * within.masked_fill(~outside, 0.0)).sum(-1)  # the constant
+    mean = sum(teacher[:, v].exp() * logits_kl(logits, ids, logprobs, drawn=torch.full((3,), v)) for v in range(12))
+    torch.testing.assert_close(mean, dense + entropy)
+    (expected,), (found,) = (torch.autograd.grad(x.sum(), logits, retain_graph=True) for x in (dense, mean))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_drawn_token_counts_only_beside_a_row() -> None:
+    logits, ids = torch.randn(2, 9), torch.tensor([[3, 5], [-1, -1]])
+    logprobs = torch.tensor([[0.5, 0.2], [1.0, 1.0]]).log()
+    plain = logits_kl(logits, ids, logprobs)
+    for token in (3, 5):
+        torch.testing.assert_close(logits_kl(logits, ids, logprobs, drawn=torch.tensor([token, 4])), plain)
+    more = logits_kl(logits, ids, logprobs, drawn=torch.tensor([4, 4])) - plain
+    rest = torch.tensor([v for v in range(9) if v not in (3, 5)])
+    assert more[0].item() == pytest.approx((logits[0, rest].logsumexp(0) - logits[0, 4]).item(), rel=1e-5)
+    assert more[1].item() == 0
