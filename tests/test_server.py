@@ -147,7 +147,11 @@ def test_logprobs_of_what_was_written(served: Served, client: TestClient, tokeni
     [alone], [echoed] = ask(client, **body)["choices"], ask(client, **body, echo=True)["choices"]
     n = len(tokenizer.encode(PROMPT))
     for key, shift in (("tokens", 0), ("token_logprobs", 0), ("top_logprobs", 0), ("text_offset", len(PROMPT))):
-        assert echoed["logprobs"][key][n:] == [x + shift if shift else x for x in alone["logprobs"][key]]
+        found, told = echoed["logprobs"][key][n:], alone["logprobs"][key]
+        if key.endswith("logprobs"):  # sums over other batches round differently in the last decimal
+            assert found == [pytest.approx(x, abs=1e-5) for x in told]
+        else:
+            assert found == [x + shift if shift else x for x in told]
     greedy = ask(client, **{**body, "temperature": 0})["choices"][0]["logprobs"]
     assert greedy["token_logprobs"] == [max(top.values()) for top in greedy["top_logprobs"]]
     written = ask(client, "/generate", prompt=PROMPT, max_new_tokens=11, seed=4, temperature=1, top_p=1)["token_ids"]

@@ -250,7 +250,8 @@ def main() -> None:
     grid = load_grid(args.grid)
     chosen = grid.runs(args.only)
     grid.check_files()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background shell may have switched the first off
+        signal.signal(number, _interrupt)
     failed = {} if args.report else execute(chosen, args.jobs)
     rows = read_rows(grid.output)
     made = [row for run in grid.runs() if (row := current(run, rows))]
