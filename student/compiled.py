@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
 
 FEW_ROWS = 4
+
+
+@contextmanager
+def steady_source() -> Iterator[None]:
+    """Keep the weights' addresses out of the code that inductor generates: they stand there in a comment, which makes it
+    another program, to be compiled again, in every process. The weights are handed over at every call."""
+    allocate = GraphLowering.allocate_non_dup_const_name
+
+    def without_address(graph: GraphLowering, name: str | None, data: Tensor) -> str:
+        name = allocate(graph, name, data)
+        graph.constant_reprs[name] = graph.constant_reprs[name].rsplit(" ", 1)[0]
+        return name
+
+    with mock.patch.object(GraphLowering, "allocate_non_dup_const_name", without_address):
+        yield
 
 
 def cpu_settings(rows: int) -> dict[str, Any]:
@@ -46,7 +64,10 @@ class CompiledStep:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "latentforge" / "inductor"))
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         ready = self.ready[args[-1]] = torch.compile(self._own_function(), fullgraph=True, dynamic=False, options=options)
-        with torch._inductor.config.patch(self.config):  # not among the options: the tracer, too, must know of the freezing
+        with (
+            steady_source(),
+            torch._inductor.config.patch(self.config),
+        ):  # not among the options: the tracer, too, must know of the freezing
             return ready(*args)
 
     def _own_function(self) -> Callable[..., Any]:
