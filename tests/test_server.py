@@ -159,11 +159,18 @@ def test_logprobs_of_what_was_written(served: Served, client: TestClient, tokeni
     assert alone["logprobs"]["token_logprobs"][: len(written)] == pytest.approx(scores.logprobs, abs=2e-5)
 
 
-def test_logprobs_stop_where_the_text_does(client: TestClient, seed: int) -> None:
-    whole = ask(client, prompt=PROMPT, seed=seed, max_tokens=40)["choices"][0]["text"]
-    [cut] = ask(client, prompt=PROMPT, seed=seed, max_tokens=40, stop=whole[9:12], logprobs=0)["choices"]
-    assert "".join(cut["logprobs"]["tokens"]).startswith(cut["text"])
-    assert len("".join(cut["logprobs"]["tokens"][:-1])) < len(cut["text"])
+def test_logprobs_stop_where_the_text_does(client: TestClient, tokenizer: TokenizerAdapter, seed: int) -> None:
+    """By bytes: tokens of a model as young as this one split characters, and each then shows a U+FFFD of its own."""
+    body = {"prompt": PROMPT, "seed": seed, "temperature": 1, "top_p": 1}
+    whole = ask(client, "/generate", max_new_tokens=40, **body)
+    [cut] = ask(client, max_tokens=40, stop=whole["text"][9:12], logprobs=0, **body)["choices"]
+
+    def holds_it(count: int) -> bool:
+        written = b"".join(map(tokenizer.token_bytes, whole["token_ids"][:count]))
+        return written.decode(errors="replace").startswith(cut["text"])
+
+    kept, needed = len(cut["logprobs"]["tokens"]), next(count for count in range(41) if holds_it(count))
+    assert kept in (needed, needed + 1)  # one more where a character was whole only with the next token
 
 
 def test_a_row_that_ends_itself_scores_its_end(
