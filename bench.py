@@ -118,7 +118,7 @@ def make_pair(args: argparse.Namespace, device: torch.device, context: int) -> P
 def run_race(args: argparse.Namespace, device: torch.device) -> None:
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     cells = [(p, b) for p in args.prompt_tokens for b in args.batch]
-    new = {b: max(32, min(args.max_new_tokens, 2048 // b)) for b in args.batch}
+    new = {b: min(args.max_new_tokens, max(32, 2048 // b)) for b in args.batch}
     pair = make_pair(args, device, max(args.prompt_tokens) + max(new.values()) + 8)
     speeds = race.bandwidth(device)
     rows: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from configs.errors import UserError
 
 DEPTH = 32.0  # nats below the likeliest word: what is rarer has no chance of being drawn, and is never kept by a filter
 HALVINGS = 16  # of DEPTH + 1: thresholds are found to 5e-4 nats
-BLOCK = 16
+BLOCK = 16  # entries of a running sum that are added up together
 
 
 def _cut(weight: Tensor, share: Tensor, wanted: Tensor) -> Tensor:

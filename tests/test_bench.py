@@ -57,7 +57,7 @@ def test_the_race_of_trained_models(uncompiled: None, world: World, tmp_path: Pa
     assert run_script(bench, *flags) == 2
     assert "--race needs the models' bits per byte" in capsys.readouterr().err
     (tmp_path / "e.json").write_text(json.dumps({n: {"bits_per_byte": 2.5} for n in ("token_model", "student")}))
-    assert run_script(bench, *flags, "--evaluate", tmp_path / "e.json") in (0, 2)
+    assert run_script(bench, *flags, "--evaluate", tmp_path / "e.json") == 0
     shown = capsys.readouterr()
     assert "left out: 400 prompt tokens" in shown.err
 
