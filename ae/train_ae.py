@@ -82,13 +82,12 @@ def main() -> None:
             latent_dropout=cfg.latent_dropout, token_mask=cfg.token_mask,
         )  # fmt: skip
 
-    compiled = torch.compile(loss) if setup.compile else loss
     n_random, size = round(cfg.random_tokens * cfg.batch_size), train.meta["vocab_size"]
 
-    def loss_at(step: int) -> loop.Losses:
+    def batch_at(step: int) -> tuple[Tensor, ...]:
         chunks = windows.batch(step)  # (B, K)
         chunks[:n_random] = torch.randint(size, (n_random, cfg.k))
-        return compiled(chunks.to(setup.device))
+        return (chunks,)
 
     def validate(full: bool) -> dict[str, Any]:
         return reconstruction(model, val, setup.device, setup.bf16, None if full else 4096)
@@ -98,7 +97,7 @@ def main() -> None:
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_config": as_dict(cfg),
     }
-    figures = loop.fit("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, loss_at, validate, content)
+    figures = loop.fit("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, batch_at, loss, validate, content)
     setup.run.log(
         f"ae: {figures['chunk_exact']:.2%} of {figures['chunks']:,} validation chunks exact "
         f"({figures['token_exact']:.3%} of tokens), "

@@ -24,10 +24,12 @@ from configs.errors import EXIT_INTERRUPTED, UserError
 from configs.run import (
     Run,
     has_fast_bf16,
-    load_checkpoint,
+    load_state,
     load_weights,
     pick_device,
+    remove_temporaries,
     save_checkpoint,
+    state_before,
     tune_process,
     wants_compile,
 )
@@ -112,51 +114,40 @@ def fit(
     setup: Setup,
     total: int,
     tokens_per_step: int,
-    loss_fn: Callable[[int], Losses],
+    batch_at: Callable[[int], tuple[Tensor, ...]],
+    loss_of: Callable[..., Losses],
     validate: Callable[[bool], dict[str, Any]],
     content: dict[str, Any],
 ) -> dict[str, Any]:
     """Train `model` for `total` steps; returns the figures of the final validation.
 
-    loss_fn(step) gives the loss of a step's batch; validate(full) the validation figures, on a sample or on everything;
-    `content` is what checkpoint_dir/NAME.pt carries beside weights, step and figures (config, tokenizer). The training
-    state (weights, optimizer, step) lies beside it in NAME.state.pt. Raises UserError on a loss that is not finite.
+    batch_at(step) gives a step's batch, tensors on the CPU, and loss_of(*batch) its loss, with the batch on the device;
+    validate(full) the validation figures, on a sample or on everything; `content` is what checkpoint_dir/NAME.pt carries
+    beside weights, step and figures (config, tokenizer). The training state (weights, optimizer, step) lies beside it in
+    NAME.state.pt, the one saved before in NAME.state.prev.pt. Raises UserError on a loss or gradient that is not finite,
+    and leaves the batch in NAME.bad_batch.pt.
     """
     folder = Path(cfg.checkpoint_dir)
     run, optimizer, first = setup.run, adamw(model, cfg), 0
+    loss_of = torch.compile(loss_of) if setup.compile else loss_of
     state_path = folder / f"{name}.state.pt"
+    remove_temporaries(folder, name)
     if cfg.resume:
-        state = load_checkpoint(state_path, f"{name}.state")
-        if state["config"] != content["config"]:
-            changed = sorted(k for k in content["config"] if state["config"].get(k) != content["config"][k])
-            raise UserError(
-                f"--resume: {state_path} belongs to another model (different {', '.join(changed)}); train without --resume"
-            )
-        load_weights(model, state["state"], state_path)
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        before, now = state["train_config"], as_dict(cfg)
-        other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-        if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
-            run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
-        run.go_on_from(first)
+        first = _go_on(name, state_path, model, optimizer, cfg, content["config"], run)
         run.log(f"{name}: resumed at step {first} of {total} from {state_path}")
     else:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
 
     def save(step: int, figures: dict[str, Any]) -> None:
         weights = {key: value.detach() for key, value in model.state_dict().items()}
-        save_checkpoint(
-            state_path,
-            f"{name}.state",
-            {
-                "config": content["config"],
-                "train_config": content["train_config"],
-                "state": weights,
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-            },
-        )
+        state = {
+            "config": content["config"],
+            "train_config": content["train_config"],
+            "state": weights,
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
+        save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
         save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
 
     stop = _StopSignal()
@@ -169,16 +160,13 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, cfg)
             torch.manual_seed((cfg.seed << 32) + step)
+            batch = tuple(x.to(setup.device) for x in batch_at(step))
             with setup.autocast():
-                loss, parts = loss_fn(step)
+                loss, parts = loss_of(*batch)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
             if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
-                raise UserError(
-                    f"{name}: the loss is {loss.item():g} and its gradient {float(norm):g} at step {step}: "
-                    "nothing was updated. "
-                    f"Try a lower --lr (now {cfg.lr:g}), a longer --warmup_steps or --no-bf16; the last save is {state_path}"
-                )
+                raise _not_finite(name, folder, cfg, step, loss, norm, batch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
@@ -215,6 +203,39 @@ def fit(
     run.metrics(step=total, tokens=total * tokens_per_step, final=True, **figures)
     run.log(f"{name}: {total} steps, {total * tokens_per_step:,} tokens -> {folder / f'{name}.pt'}")
     return figures
+
+
+def _go_on(
+    name: str, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cfg: TrainConfig, shape: dict[str, Any], run: Run
+) -> int:
+    """Take weights, optimizer and metrics back to the last save of the model of this `shape`; returns its step."""
+    state = load_state(path, f"{name}.state", run.log)
+    if state["config"] != shape:
+        changed = sorted(k for k in shape if state["config"].get(k) != shape[k])
+        raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
+    load_weights(model, state["state"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    before, now = state["train_config"], as_dict(cfg)
+    other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
+        run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
+    run.go_on_from(state["step"])
+    return state["step"]
+
+
+def _not_finite(
+    name: str, folder: Path, cfg: TrainConfig, step: int, loss: Tensor, norm: Tensor, batch: tuple[Tensor, ...]
+) -> UserError:
+    """Keep the batch whose loss or gradient is not finite; returns what to say of it."""
+    path, kind = folder / f"{name}.bad_batch.pt", f"{name}.bad_batch"
+    found = {"step": step, "seed": cfg.seed, "loss": loss.item(), "grad_norm": norm.item()}
+    save_checkpoint(path, kind, {**found, "batch": [x.cpu().clone() for x in batch]})
+    return UserError(
+        f"{name}: the loss is {loss.item():g} and its gradient {norm.item():g} at step {step}: nothing was updated. "
+        f"The step's batch is kept in {path}; look at it with "
+        f"python -c \"import torch; print(torch.load('{path}', weights_only=True))\". "
+        f"Try a lower --lr (now {cfg.lr:g}), a longer --warmup_steps or --no-bf16, and go on from the last save with --resume"
+    )
 
 
 def _resume_command() -> str:

@@ -1,7 +1,8 @@
 """What every program shares around a model: device and threads, run folders, checkpoints.
 
 A checkpoint is one file of plain tensors and plain values, written to a temporary name and renamed, read with
-`weights_only=True`. It names its format, kind and version, and the tokenizer (fingerprint and place) it belongs to.
+`weights_only=True` and checksums compared. It names its format, kind and version, and the tokenizer (fingerprint and
+place) it belongs to. Of training states the last two are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +144,21 @@ class Run:
             except ValueError:  # a line cut short by a kill
                 continue
         lines = [line for line in lines if line["step"] <= step and not line.get("final")]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)  # a kill in the middle must not lose the lines
         self._start -= lines[-1]["time"] if lines else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any]) -> None:
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
+def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any], before: Path | None = None) -> None:
     """Write a checkpoint so that `path` always holds a whole one: temporary file, fsync, rename.
+
+    With `before`, what `path` held moves there first: then a whole one is at either place at any instant.
 
     Raises UserError when the disk is full; what `path` held before stays as it was.
     """
@@ -159,7 +170,6 @@ def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any]) -> Non
             torch.save({"format": FORMAT, "kind": kind, "version": VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError of the file into a RuntimeError
         temporary.unlink(missing_ok=True)
         kept = f"the one saved before is intact: {path}" if path.exists() else "there was none before"
@@ -169,12 +179,26 @@ def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any]) -> Non
             f"cannot write checkpoint {path} ({reason}; {free} MiB free on that disk). No new checkpoint was saved; "
             f"{kept}. Free some space and go on with --resume, or choose another --checkpoint_dir"
         ) from None
+    if before and path.exists():
+        path.replace(before)
+    temporary.replace(path)
+    if os.name == "posix":  # else a power cut could take the renames back
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def remove_temporaries(folder: Path, name: str) -> None:
+    """Remove what killed runs left half written of `name`'s checkpoints."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
     """Read a checkpoint of `kind` onto the CPU.
 
-    Raises UserError when it is missing, damaged, no checkpoint of ours, of another kind or of another format version.
+    Raises UserError when it is missing, no checkpoint of ours, of another kind or of another format version, and Damaged
+    when it is cut short or a bit of it has changed.
     """
     path = Path(path)
     makers = {"ae": "ae/train_ae.py", "student": "student/train_student.py", "token_model": "student/baseline.py"}
@@ -182,10 +206,15 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         hint = f"; train one with {makers[kind]}" if kind in makers else ""
         raise UserError(f"checkpoint {path} does not exist{hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            # torch.save writes a zip archive with a CRC-32 of each tensor, which torch.load does not compare
+            if part := zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {part}")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own: a damaged file can end in almost any
-        reason = type(error).__name__
-        raise UserError(
+        reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+        raise Damaged(
             f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -195,6 +224,38 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
     if content.get("version") != VERSION:
         raise UserError(f"{path} has format version {content.get('version')}, this code reads {VERSION}; train it again")
     return content
+
+
+def state_before(path: Path) -> Path:
+    """Where the training state is kept that was saved before the one at `path`."""
+    return path.with_suffix(".prev.pt")
+
+
+def saved_states(path: Path) -> list[Path]:
+    """The training states to resume from, newest first: `path` and the one before it, as far as they exist."""
+    return [state for state in (path, state_before(path)) if state.is_file()]
+
+
+def load_state(path: Path, kind: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """The newest whole training state. Where that is the one before `path`, this is said, and it takes the place of `path`.
+
+    Raises UserError when there is none, and as `load_checkpoint`.
+    """
+    found = saved_states(path)
+    if not found:
+        raise UserError(f"--resume: {path} does not exist, so nothing was saved there; train without --resume")
+    for state in found:
+        try:
+            content = load_checkpoint(state, kind)
+        except Damaged as error:
+            problem = str(error)
+            continue
+        if state != path:
+            why = problem if path in found else f"{path} is missing (killed in the middle of a save)"
+            log(f"{why.removesuffix('; write it again')}; going on from the save before it, step {content['step']}")
+            state.replace(path)  # else the next save would keep the damaged one and drop this
+        return content
+    raise UserError(f"--resume: {' and '.join(map(str, found))}: damaged, and no other state is kept; train without --resume")
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:

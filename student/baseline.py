@@ -146,11 +146,9 @@ def main() -> None:
         learnt = ce if ce_at is None else (nll * ce_at.flatten()).mean()
         return ce_w * learnt + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
-    compiled = torch.compile(loss) if setup.compile else loss
-
-    def loss_at(step: int) -> loop.Losses:
+    def batch_at(step: int) -> tuple[Tensor, ...]:
         rows = teacher.rows(windows.starts(step), shape.context) if teacher else ()
-        return compiled(*(x.to(setup.device) for x in (windows.batch(step), *rows)))
+        return windows.batch(step), *rows
 
     def validate(_: bool) -> dict[str, Any]:
         kl = teacher.validate(model, setup, cfg.eval_windows) if teacher else {}
@@ -163,7 +161,7 @@ def main() -> None:
         "distillation": teacher.about() if teacher else None,
     }
     tokens_per_step = cfg.batch_size * model.cfg.context
-    figures = loop.fit("token_model", model, cfg, setup, total, tokens_per_step, loss_at, validate, content)
+    figures = loop.fit("token_model", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)
     print(json.dumps(figures))
 
 

@@ -80,12 +80,10 @@ def main() -> None:
             model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd
         )
 
-    compiled = torch.compile(loss) if setup.compile else loss
-
-    def loss_at(step: int) -> loop.Losses:
+    def batch_at(step: int) -> tuple[Tensor, ...]:
         tokens, pads = pad_left(windows.batch(step), ae.k, model.cfg.pad_id, cfg.pad_share, cfg.seed, step)
         rows = teacher.rows(windows.starts(step), shape.context, pads) if teacher else ()
-        return compiled(*(x.to(setup.device) for x in (tokens, pads, *rows)))
+        return tokens, pads, *rows
 
     @torch.no_grad()
     def validate(_: bool) -> dict[str, Any]:
@@ -107,7 +105,8 @@ def main() -> None:
         "train_config": as_dict(cfg),
         "distillation": teacher.about() if teacher else None,
     }
-    figures = loop.fit("student", model, cfg, setup, total, cfg.batch_size * model.cfg.context, loss_at, validate, content)
+    tokens_per_step = cfg.batch_size * model.cfg.context
+    figures = loop.fit("student", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)
     print(json.dumps(figures))
 
 
