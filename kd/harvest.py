@@ -23,7 +23,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from kd.kd_client import (
 )
 from kd.limits import Patience
 from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, wire_top
+from kd.shards import Shard
 from kd.store import Store, request_key
 
 TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key
@@ -74,6 +75,7 @@ class HarvestConfig:
     temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
     top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
     seed: int = opt(0, "of the requests' seeds", low=0)
+    shard: str = opt("1/1", "i/n: of n machines, the prompts and tokens of the i-th; kd/shards.py merges their stores")
     concurrency: int = opt(8, "requests at once (Venice: at most 10)", low=1)
     rpm: float | None = opt(None, "most requests a minute; the server's headers may lower it", low=1e-9)
     tpm: float | None = opt(None, "most tokens a minute, prompts included", low=1e-9)
@@ -128,7 +130,7 @@ class Prompts:
 
     def __init__(self, cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None) -> None:
         self.cfg, self.settings, self.tokenizer = cfg, settings, tokenizer
-        self.chat = uses_chat(cfg.mode, settings)
+        self.chat, self.shard = uses_chat(cfg.mode, settings), Shard.parse(cfg.shard)
         if cfg.mode == "score":
             if not cfg.data:
                 raise UserError("--mode score needs the text to be scored: give --data")
@@ -145,14 +147,17 @@ class Prompts:
             raise UserError("these prompts are token ids: give --tokenizer, the teacher's own")
 
     def __iter__(self) -> Iterator[Job]:
-        index = 0
+        index, source = 0, self.cfg.data or self.cfg.prompts
         while True:
-            first = index
+            first, own = index, 0
             for row in self._rows():
-                yield request_of(self.cfg, self.settings, self.tokenizer, self.chat, index, row)
+                if self.shard.takes(row if source else {"index": index}):
+                    yield request_of(self.cfg, self.settings, self.tokenizer, self.chat, index, row)
+                    own += 1
                 index += 1
-            if index == first:
-                raise UserError(f"{self.cfg.data or self.cfg.prompts} holds no prompts")
+            if source and not own:
+                of = f" for --shard {self.cfg.shard}" if index > first else ""
+                raise UserError(f"{source} holds no prompts{of}")
             if self.one_pass:
                 return
 
@@ -454,6 +459,7 @@ def harvest(
         patience=patience or Patience(timeout_s=cfg.timeout_s),
     )
     prompts = Prompts(cfg, settings, tokenizer)
+    cfg = replace(cfg, n_tokens=prompts.shard.share(cfg.n_tokens))
     if client.concurrency < cfg.concurrency:
         log(f"at most {client.concurrency} requests at once: more could fail together, and Venice then blocks the key")
     with Store(store_path(cfg, settings)) as store:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SCHEMA = """CREATE TABLE answers (
     answer BLOB NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,
     created REAL NOT NULL)"""
 COLUMNS = "key, model, template, request, prompt_ids, answer, prompt_tokens, completion_tokens, cost, created"
+INSERT = f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({', '.join('?' * (COLUMNS.count(',') + 1))})"
 
 
 def canonical(body: Mapping[str, Any]) -> bytes:
@@ -162,9 +164,8 @@ class Store:
         return self._insert(row)
 
     def _insert(self, row: tuple[Any, ...]) -> bool:
-        marks = ", ".join("?" * len(row))
         with self._errors(), self._lock:
-            return self._db.execute(f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({marks})", row).rowcount == 1
+            return self._db.execute(INSERT, row).rowcount == 1
 
     def tokens_of(self, key: bytes) -> int | None:
         """The completion tokens of the answer with this key; None where there is none."""
@@ -216,8 +217,28 @@ class Store:
                 yield row[1:]
 
     def merge(self, other: Store) -> int:
-        """Take over the answers of `other` that are not here; returns how many."""
-        return sum(self._insert(row) for row in other._rows())
+        """Take over the answers of `other` that are not here; returns how many. Raises UserError at one that is damaged."""
+        taken, rows = 0, other._rows()
+        while page := list(islice(rows, PAGE)):
+            for row in page:
+                other._unpack(row)  # compressed answers carry a checksum
+            with self._errors(), self._lock:  # one transaction, one sync a page
+                self._db.execute("BEGIN IMMEDIATE")
+                taken += self._db.executemany(INSERT, page).rowcount
+                self._db.execute("COMMIT")
+        return taken
+
+    def models(self) -> set[str]:
+        """The teachers whose answers are here: one, as a rule."""
+        with self._errors(), self._lock:
+            return {model for (model,) in self._db.execute("SELECT DISTINCT model FROM answers")}
+
+    def check(self) -> None:
+        """Raise UserError where SQLite's own structure of the file is damaged."""
+        with self._errors(), self._lock:
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
 
     def close(self) -> None:
         with self._lock:
