@@ -37,7 +37,7 @@ from configs.schema import TrainConfig, as_dict
 
 # Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
-FREE_ON_RESUME |= {"eval_windows", "device"}
+FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard"}
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
 
@@ -61,7 +61,8 @@ def start(name: str, cfg: TrainConfig) -> Setup:
     threads = tune_process()
     device = pick_device(cfg.device)
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
-    setup = Setup(Run(cfg.run_dir or f"runs/{name}", as_dict(cfg)), device, bf16, wants_compile(cfg.compile, device))
+    run = Run(cfg.run_dir or f"runs/{name}", as_dict(cfg), cfg.tensorboard)
+    setup = Setup(run, device, bf16, wants_compile(cfg.compile, device))
     torch.manual_seed(cfg.seed)
     how = ("bfloat16 autocast" if bf16 else "float32") + (", compiled" if setup.compile else "")
     setup.run.log(f"{name}: {device}, {threads} threads, {how}, run folder {setup.run.folder}")
@@ -136,7 +137,7 @@ def fit(
         first = _go_on(name, state_path, model, optimizer, cfg, content["config"], run)
         run.log(f"{name}: resumed at step {first} of {total} from {state_path}")
     else:
-        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+        run.go_on_from(0)
 
     def save(step: int, figures: dict[str, Any]) -> None:
         weights = {key: value.detach() for key, value in model.state_dict().items()}

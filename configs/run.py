@@ -111,9 +111,15 @@ def processor_name() -> str:
 
 # ------------------------------------------------------------------------------------------------------ run folder
 class Run:
-    """runs/NAME/: config.yaml (resolved), environment.json, metrics.jsonl, log.txt. Opened again, it appends."""
+    """runs/NAME/: config.yaml (resolved), environment.json, metrics.jsonl, log.txt. Opened again, it appends.
 
-    def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
+    With `tensorboard` the figures of metrics.jsonl are TensorBoard events, too. Raises UserError where that
+    package is not installed.
+    """
+
+    def __init__(self, folder: str | Path, config: dict[str, Any], tensorboard: bool = False) -> None:
+        self._tensorboard = _tensorboard_writer() if tensorboard else None
+        self._events: Any = None
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -133,9 +139,11 @@ class Run:
         values = {"time": round(time.time() - self._start, 3), **values}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        self._show([values])
 
     def go_on_from(self, step: int) -> None:
-        """Of metrics.jsonl keep what led to the save at `step` (a killed run may have logged more), and go on with its time."""
+        """Of metrics.jsonl keep what led to the save at `step` (a killed run may have logged more; 0: a fresh start), and go
+        on with its time."""
         path = self.folder / "metrics.jsonl"
         lines = []
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -148,6 +156,28 @@ class Run:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         temporary.replace(path)  # a kill in the middle must not lose the lines
         self._start -= lines[-1]["time"] if lines else 0.0
+        if self._tensorboard:  # its events can only be added to: written anew, they are what metrics.jsonl is
+            for old in self.folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._events = self._tensorboard(str(self.folder))
+            self._show(lines)
+
+    def _show(self, lines: list[dict[str, Any]]) -> None:
+        """Add lines of metrics.jsonl to the TensorBoard events: each number under its name, at its step and time."""
+        if self._events:
+            for line in lines:
+                for key, value in line.items():
+                    if isinstance(value, (int, float)) and key not in ("step", "time", "final"):
+                        self._events.add_scalar(key, value, line["step"], walltime=self._start + line["time"])
+            self._events.flush()
+
+
+def _tensorboard_writer() -> Callable[[str], Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints

@@ -58,6 +58,7 @@ class TrainConfig:
     save_every: int = opt(500, "steps between saves (0: only at the end)")
     log_every: int = opt(20, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = opt(0, "steps between validations on a sample (0: only the full one at the end)")
+    tensorboard: bool = opt(False, "write the figures of metrics.jsonl as TensorBoard events, too (pip install tensorboard)")
 
 
 @dataclass
