@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ae.ae_model import AEConfig, Autoencoder
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
+from ae.initialise import copy_embedding
 from ae.losses import MAX_LOGITS, ae_loss, kl_to_unit_gaussian
 from configs import loop
 from configs.errors import run_cli
@@ -73,7 +74,10 @@ def main() -> None:
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("ae", cfg)
-    model = Autoencoder(shape).to(setup.device)
+    model = Autoencoder(shape)
+    if cfg.init_from:
+        setup.run.log(f"ae: {copy_embedding(model, cfg.init_from)}")
+    model.to(setup.device)
     setup.run.log(f"ae: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {cfg.batch_size} chunks")
 
     def loss(chunks: Tensor) -> loop.Losses:

@@ -76,6 +76,9 @@ class AETrainConfig(TrainConfig):
     l2_weight: float = opt(0.0, "weight of the mean latent's squared norm")
     latent_dropout: float = opt(0.15, "share of latent dimensions zeroed in training", low=0, high=1)
     token_mask: float = opt(0.15, "share of the encoder's input embeddings zeroed in training", low=0, high=1)
+    init_from: str | None = opt(
+        None, "start the embedding from that of a token_model.pt or of a local folder of the Llama or Qwen3 family"
+    )
     random_tokens: float = opt(0.0, "share of training chunks replaced by uniformly random tokens (rare words)", low=0, high=1)
 
 
@@ -87,6 +90,7 @@ class LMTrainConfig(TrainConfig):
     num_layers: int = opt(12, "layers of the backbone")
     num_heads: int = opt(16, "attention heads of the backbone")
     num_kv_heads: int | None = opt(None, "key/value heads (GQA); unset: as --num_heads")
+    head_dim: int | None = opt(None, "width of an attention head; unset: hidden_dim / num_heads", low=2)
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
@@ -111,6 +115,9 @@ class StudentTrainConfig(LMTrainConfig):
     """`student/train_student.py`."""
 
     ae_ckpt: str = opt("checkpoints/ae.pt", "the trained autoencoder")
+    init_from: str | None = opt(
+        None, "start the backbone from the layers of a token_model.pt or of a local folder of the Llama or Qwen3 family"
+    )
     k: int | None = opt(  # type: ignore[assignment]
         None, "tokens a chunk; unset: the AE's (must agree when given)"
     )
@@ -119,7 +126,11 @@ class StudentTrainConfig(LMTrainConfig):
     base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone", low=0)
     local_layers: int = opt(2, "layers of the local decoder")
     local_window: int = opt(16, "tokens each layer of the local decoder sees")
-    local_decoder: str = opt("window", "window, or none: independent positions (a control)", choices=("window", "none"))
+    local_decoder: str = opt(
+        "window",
+        "window; controls: restart, which sees its own chunk only, and none, independent positions",
+        choices=("window", "restart", "none"),
+    )
     head: str = opt("direct", "direct, or energy: CALM's generative head (a control)", choices=("direct", "energy"))
     latents: str = opt("on", "on, or none: the latent path switched off (a control)", choices=("on", "none"))
     pad_share: float = opt(

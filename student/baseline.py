@@ -11,7 +11,7 @@ Legend: `B` batch, `T` tokens of a window, `H` hidden width, `V` vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ class BackboneConfig:
     seq_len: int  # latents; the token-level model's context is seq_len * k tokens
     k: int
     vocab_size: int
+    head_dim: int | None = field(default=None, kw_only=True)  # None: hidden_dim / num_heads
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < (0 if name == "pad_id" else 1):
                 raise UserError(f"{name}: expected at least 1, got {value}")
-        if self.hidden_dim % (2 * self.num_heads):
+        if self.head_dim is not None and self.head_dim % 2:
+            raise UserError(f"head_dim: expected an even number (rotary embedding), got {self.head_dim}")
+        if self.head_dim is None and self.hidden_dim % (2 * self.num_heads):
             raise UserError(f"hidden_dim: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.hidden_dim}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
@@ -54,20 +57,26 @@ class BackboneConfig:
         """Longest sequence, in tokens, that the model was trained on."""
         return self.seq_len * self.k
 
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_dim // self.num_heads
+
     def qwen3(self, vocab_size: int, positions: int) -> Qwen3Config:
         """The transformers config of this backbone with a table of `vocab_size` and `positions` positions."""
         return Qwen3Config(
             vocab_size=vocab_size, hidden_size=self.hidden_dim, intermediate_size=self.ffn_dim,
             num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads,
-            head_dim=self.hidden_dim // self.num_heads, max_position_embeddings=positions, tie_word_embeddings=True,
+            head_dim=self.head_width, max_position_embeddings=positions, tie_word_embeddings=True,
         )  # fmt: skip
 
 
-def backbone_fields(cfg: LMTrainConfig) -> dict[str, int]:
+def backbone_fields(cfg: LMTrainConfig) -> dict[str, Any]:
     """The backbone's shape from a training config, unset fields filled in."""
     return {
         "hidden_dim": cfg.hidden_dim, "num_layers": cfg.num_layers, "num_heads": cfg.num_heads,
-        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads, "ffn_dim": cfg.ffn_dim or 3 * cfg.hidden_dim, "seq_len": cfg.seq_len,
+        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads, "head_dim": cfg.head_dim,
+        "ffn_dim": cfg.ffn_dim or 3 * cfg.hidden_dim, "seq_len": cfg.seq_len,
     }  # fmt: skip
 
 

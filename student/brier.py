@@ -69,12 +69,13 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
     rows = tokens.repeat_interleave(len(starts), 0)  # (R, T), R = B * S; sampled tokens are written into it
     at, row = starts.repeat(batch), torch.arange(batch * len(starts), device=tokens.device)
     g = model.ae.decode(model.predict_latents(tokens)).flatten(1, 2).repeat_interleave(len(starts), 0)  # (R, T, E)
-    cache = None
+    cache, restarts = None, model.cfg.local_decoder == "restart"
     if model.local is not None:
         reach = len(model.local.layers) * model.local.window
         near = at[:, None] + torch.arange(-reach, 0, device=tokens.device)  # (R, reach): positions just before the start
         previous = model.previous_embeddings(rows).gather(1, near.clamp(min=0)[..., None].expand(-1, -1, g.shape[2]))
-        cache = model.local.prefill(g[row[:, None], near.clamp(min=0)], previous, (reach - at).clamp(min=0))
+        begins = (reach - (at % k if restarts else at)).clamp(min=0)
+        cache = model.local.prefill(g[row[:, None], near.clamp(min=0)], previous, begins)
 
     def step(sampled: Tensor | None) -> Tensor:
         nonlocal at
@@ -91,7 +92,11 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
                 )
         hidden = g[row, at]
         if model.local is not None and cache is not None:
-            hidden = hidden + model.local.step(hidden, model.ae.embed(rows[row, at - 1]), cache)
+            before = rows[row, at - 1]
+            if restarts:
+                cache.seen = cache.seen & (at % k > 0)[:, None]
+                before = before.where(at % k > 0, model.cfg.pad_id)
+            hidden = hidden + model.local.step(hidden, model.ae.embed(before), cache)
         return (hidden @ model.table.T).unflatten(0, (batch, -1))
 
     return step

@@ -140,8 +140,8 @@ class FastSampler(Sampler):
         dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, compile: bool = True,
     ) -> None:  # fmt: skip
         cfg, device = model.cfg, model.table.device
-        if cfg.latents == "none" or cfg.head != "direct":
-            raise UserError("the fast path covers students with latents and the direct head; run without --compile")
+        if cfg.latents == "none" or cfg.head != "direct" or cfg.local_decoder == "restart":
+            raise UserError("the fast path covers students with latents, direct head and window; run without --compile")
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
         model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         super().__init__(model, tokenizer)

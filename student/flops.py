@@ -83,10 +83,10 @@ def _sum(parts: list[tuple[str, float]]) -> dict[str, float]:
 
 def _attention(cfg: BackboneConfig, keys: float, local_keys: float) -> list[tuple[str, float]]:
     """Attention of one token over `keys` positions of the backbone (tokens, or chunks) and as many of the local decoder."""
-    backbone = 4.0 * cfg.num_layers * cfg.hidden_dim * keys
+    backbone = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_width * keys
     if not isinstance(cfg, StudentConfig):
         return [("backbone", backbone)]
-    local = cfg.local_decoder == "window" and cfg.head == "direct"
+    local = cfg.local_decoder != "none" and cfg.head == "direct"
     return [
         ("backbone", backbone / cfg.k if cfg.latents == "on" else 0.0),
         ("local decoder", 4.0 * cfg.local_layers * cfg.embed_dim * local_keys if local else 0.0),
@@ -100,7 +100,7 @@ def forward_flops(cfg: BackboneConfig) -> dict[str, float]:
         seen = cfg.context - 1
         return _sum(weights + _attention(cfg, seen * seen / cfg.context, 0))
     # the local decoder's parallel pass has blocks of W queries by 2 W keys
-    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * cfg.local_window))
+    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * cfg.window))
 
 
 def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
@@ -147,7 +147,7 @@ def generation_flops(cfg: BackboneConfig, context: int | None = None) -> dict[st
     weights = [(rate.part, 2 * p.numel() * rate.written_at) for p, rate in _rated(cfg) if p.ndim == 2]
     if not isinstance(cfg, StudentConfig):
         return _sum(weights + _attention(cfg, tokens, 0))
-    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.local_window))
+    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.window))
 
 
 def generation_bytes(cfg: BackboneConfig, bytes_per_weight: float = 2) -> dict[str, float]:

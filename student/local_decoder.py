@@ -132,6 +132,11 @@ class LocalDecoder(nn.Module):
         """Run over known tokens, (B, T, E), and keep what the next W positions need."""
         return self._run(g, previous, first)[1]
 
+    def empty(self, batch: int, like: Tensor) -> LocalCache:
+        """The cache of `batch` rows that have seen nothing, of `like`'s dtype and device."""
+        zeros = like.new_zeros(batch, 1, self.exit.in_features)
+        return self.prefill(zeros, zeros, torch.ones(batch, dtype=torch.long, device=like.device))  # one hidden position
+
     def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache]:
         x = self._enter(g, previous)  # (B, T, E)
         positions = torch.arange(x.shape[1], device=x.device)

@@ -116,7 +116,8 @@ def count_calls(module: nn.Module, run: Callable[[], Any]) -> int:
 class TokenEager:
     """The token-level model through transformers' `generate`: a growing cache, nothing compiled.
 
-    static: a static cache and transformers' own compilation of the forward pass instead, weights frozen on a CPU.
+    static: a static cache and transformers' own compilation of the forward pass instead. Its weights cannot be frozen: the
+    caches count as weights then, and the next call, which has a cache of its own, writes beyond the first one's end.
     """
 
     def __init__(self, model: TokenModel, dtype: torch.dtype = torch.float32, static: bool = False) -> None:
@@ -141,7 +142,9 @@ class TokenEager:
             )  # fmt: skip
 
         if self.extra:  # a hook would be compiled away
-            with torch._inductor.config.patch(cpu_settings(len(ids)) if ids.device.type == "cpu" else {}):
+            with torch._inductor.config.patch(
+                {**cpu_settings(len(ids)), "freezing": False} if ids.device.type == "cpu" else {}
+            ):
                 out, steps = generate(), new
         else:
             out = None
@@ -244,8 +247,7 @@ def cost(cfg: BackboneConfig, vocabulary: Vocabulary | None, rows: int, context:
         flops["vocabulary"] = vocabulary.flops()
         weights["vocabulary"] = vocabulary.bytes_read(rows)
     positions, steps = (context / cfg.k, cfg.k) if isinstance(cfg, StudentConfig) else (context, 1)
-    head_dim = cfg.qwen3(1, 1).head_dim
-    cache = 2 * cfg.num_layers * cfg.num_kv_heads * head_dim * width * positions / steps
+    cache = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_width * width * positions / steps
     return sum(flops.values()), sum(weights.values()) / rows + cache
 
 

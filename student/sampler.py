@@ -253,7 +253,7 @@ class Sampler:
         if model.local is not None:
             n = min(longest, -(-len(model.local.layers) * model.local.window // k))  # chunks that the window still depends on
             g = model.ae.decode(z_hat[:, -n:]).flatten(1, 2)  # (B, n*K, E)
-            previous = model.previous_embeddings(tokens[:, -n * k - 1 :])[:, -n * k :]
+            previous = model.previous_embeddings(tokens)[:, -n * k :]
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))
         return _State(cache, mask, at[-1] - begin + 1, h, local, tokens[:, -1])
 
@@ -272,6 +272,8 @@ class Sampler:
         uniform = torch.stack([torch.rand(k, generator=row.generator) for row in rows]).to(device)  # (B, K)
         if isinstance(getattr(model, "exit", None), EnergyHead):
             return model.ae.logits(g).masked_fill(self.never, -torch.inf).argmax(-1)
+        if model.local is not None and self.cfg.local_decoder == "restart":
+            state.local, state.previous = model.local.empty(len(rows), g), torch.full_like(state.previous, self.cfg.pad_id)
         tokens = []
         for j in range(k):
             hidden = g[:, j]  # (B, E)

@@ -56,6 +56,11 @@ class StudentConfig(BackboneConfig):
             raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
 
     @property
+    def window(self) -> int:
+        """Tokens that a layer of the local decoder sees: a decoder that restarts sees its own chunk's at most."""
+        return min(self.local_window, self.k) if self.local_decoder == "restart" else self.local_window
+
+    @property
     def ae(self) -> AEConfig:
         return AEConfig(self.vocab_size, self.k, self.latent_dim, self.embed_dim, self.ae_layers)
 
@@ -68,8 +73,8 @@ class Student(nn.Module):
         self.cfg = cfg
         self.ae = Autoencoder(cfg.ae)
         self.local = None
-        if cfg.head == "direct" and cfg.local_decoder == "window":
-            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.local_window)
+        if cfg.head == "direct" and cfg.local_decoder != "none":
+            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window)
         if cfg.latents == "none":
             return
         self.enter = nn.Linear(cfg.latent_dim, cfg.hidden_dim, bias=False)
@@ -114,15 +119,22 @@ class Student(nn.Module):
         return self.exit(self.backbone_states(tokens))
 
     def previous_embeddings(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, E), row t the embedding of token t-1; before the first token stands a pad."""
-        return self.ae.embed(nn.functional.pad(tokens[:, :-1], (1, 0), value=self.cfg.pad_id))
+        """(B, T) -> (B, T, E), row t the embedding of token t-1; before the first token, or chunk, stands a pad."""
+        previous = nn.functional.pad(tokens[:, :-1], (1, 0), value=self.cfg.pad_id)
+        if self.cfg.local_decoder == "restart":
+            previous[:, :: self.cfg.k] = self.cfg.pad_id
+        return self.ae.embed(previous)
 
     def token_states(self, tokens: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, T) and predicted latents (B, L, D) -> (g + u, g), each (B, T, E)."""
         g = self.ae.decode(z_hat).flatten(1, 2)  # (B, T, E)
         if self.local is None:
             return g, g
-        return g + self.local(g, self.previous_embeddings(tokens)), g
+        previous = self.previous_embeddings(tokens)
+        if self.cfg.local_decoder == "restart":  # every chunk is a row of its own
+            u = self.local(g.reshape(-1, self.cfg.k, g.shape[-1]), previous.reshape(-1, self.cfg.k, g.shape[-1]))
+            return g + u.view_as(g), g
+        return g + self.local(g, previous), g
 
     def hidden(self, tokens: Tensor, latents_of: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, E); row t predicts token t from the tokens before it.

@@ -26,6 +26,7 @@ from configs.run import check_fingerprint
 from configs.schema import StudentTrainConfig, as_dict, parse_config
 from student.baseline import backbone_fields, mean_nll
 from student.distillation import open_teacher, shift_right
+from student.initialise import copy_backbone
 from student.losses import student_energy_loss, student_loss
 from student.student_model import Student, StudentConfig
 
@@ -64,6 +65,8 @@ def main() -> None:
     setup = loop.start("student", cfg)
     model = Student(shape)
     model.ae.load_state_dict(frozen.state_dict())
+    if cfg.init_from:
+        setup.run.log("student: " + copy_backbone(model, cfg.init_from))
     model.to(setup.device)
     frozen.to(setup.device).requires_grad_(False)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")

@@ -263,10 +263,20 @@ def test_gain_share() -> None:
 
 def test_summary_goes_seed_by_seed() -> None:
     rows = [row("c", 3.5), row("t", 3.3), row("s", 3.4), row("c", 3.7, 1), row("t", 3.3, 1), row("s", 3.4, 1), row("s", 3.0, 2)]
-    entry = {e["name"]: e for e in summary(rows, {"control": "c", "token_model": "t", "recommended": None})}["s"]
+    roles = {"control": "c", "token_model": "t", "recommended": None}
+    entry = {e["name"]: e for e in summary(rows, roles, {})}["s"]
     assert entry["latent_gain_share_by_seed"] == [pytest.approx(0.5), pytest.approx(0.75), None]
     assert entry["latent_gain_share"] == pytest.approx(0.625) and "seed 2" in entry["latent_gain_share_reason"]
     assert entry["bits_per_byte_ratio"] == pytest.approx(3.4 / 3.3) and entry["nats_spread"] == pytest.approx(0.2)
+
+
+def test_a_variant_is_held_against_its_own_control() -> None:
+    rows = [row("c", 3.5), row("t", 3.3), row("s", 3.4), row("wide", 3.45), row("s_wide", 3.36)]
+    roles = {"control": "c", "token_model": "t", "recommended": None}
+    entries = {e["name"]: e for e in summary(rows, roles, {"s_wide": "wide"})}
+    assert entries["s"]["latent_gain_share"] == pytest.approx(0.5)
+    assert entries["s_wide"]["latent_gain_share"] == pytest.approx(0.6) and entries["s_wide"]["control"] == "wide"
+    assert "latent_gain_share" not in entries["wide"]
 
 
 def test_prose_around_a_section_survives(tmp_path: Path) -> None:

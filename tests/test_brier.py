@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("student", {"k": 1}),
     ("student", {"k": 2, "local_decoder": "none"}),
     ("student", {"k": 2, "latents": "none"}),
+    ("student", {"k": 4, "local_decoder": "restart"}),
 ]
 
 

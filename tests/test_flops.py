@@ -32,8 +32,9 @@ STUDENTS: list[dict[str, Any]] = [
     {"local_layers": 1, "local_window": 8, "ae_layers": 8},
     {"k": 8, "latent_dim": 24, "num_layers": 3},
     {"k": 1},
+    {"local_decoder": "restart"},
 ]
-KINDS = ["ours", "no latents", "independent positions", "deep autoencoder", "k 8", "k 1"]
+KINDS = ["ours", "no latents", "independent positions", "deep autoencoder", "k 8", "k 1", "restarting decoder"]
 
 
 def counted(run: Any) -> int:

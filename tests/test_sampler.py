@@ -46,7 +46,16 @@ class Scripted(Sampler):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"latents": "none"}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3}]
+    "change",
+    [
+        {},
+        {"latents": "none"},
+        {"local_decoder": "none"},
+        {"local_decoder": "restart"},
+        {"k": 1},
+        {"k": 8},
+        {"local_window": 2, "local_layers": 3},
+    ],
 )
 def test_steps_equal_the_full_forward(change: dict[str, Any]) -> None:
     """Greedy continuations of unequal prompts are the arg max of one full pass over prompt and continuation."""

@@ -23,8 +23,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"local_decoder": "none"},
     {"k": 1},
     {"k": 8, "local_layers": 1, "local_window": 3},
+    {"local_decoder": "restart"},
 ]
-KINDS = ["ours", "no latents", "independent positions", "k 1", "k 8"]
+KINDS = ["ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"]
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=KINDS)
@@ -40,7 +41,8 @@ def test_no_position_sees_itself_or_a_later_token(change: dict[str, Any]) -> Non
         next_chunk = (t // model.cfg.k + 1) * model.cfg.k
         if not change.get("latents") and next_chunk < 24:  # and everything after its chunk does see it
             assert (moved[next_chunk:] > 0).all()
-        if model.local is not None and t < 23:  # the next token always does
+        within = change.get("local_decoder") != "restart" or (t + 1) % model.cfg.k
+        if model.local is not None and t < 23 and within:  # the next token always does
             assert moved[t + 1] > 1e-5
 
 
@@ -55,7 +57,7 @@ def test_token_model_is_causal_too() -> None:
         assert (moved[: t + 1] < 1e-4).all() and (moved[t + 1 :] > 0).all()
 
 
-@pytest.mark.parametrize("change", [{}, {"latents": "none"}, {"local_decoder": "none"}], ids=KINDS[:3])
+@pytest.mark.parametrize("change", [*VARIANTS[:3], VARIANTS[5]], ids=[*KINDS[:3], KINDS[5]])
 def test_probabilities_of_all_continuations_sum_to_one(change: dict[str, Any]) -> None:
     """V = 3, K = 2: all 3^5 texts of five tokens after one token of context, across three chunks."""
     model = make_student(vocab_size=3, k=2, pad_id=0, **change)
@@ -63,6 +65,16 @@ def test_probabilities_of_all_continuations_sum_to_one(change: dict[str, Any]) -
     probabilities = (-model.nll(texts, first=1).double().sum(1)).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     assert probabilities.std() > 1e-4  # and they are not all alike
+
+
+def test_a_restarting_decoder_sees_nothing_of_earlier_chunks_but_their_latents() -> None:
+    model = make_student(local_decoder="restart")
+    tokens = torch.randint(2, 320, (1, 12))
+    other = tokens.clone()
+    other[0, :4] = 7
+    z_hat = model.predict_latents(tokens)
+    one, two = (model.token_states(x, z_hat)[0] for x in (tokens, other))
+    assert torch.equal(one[:, 4:], two[:, 4:]) and not torch.equal(one[:, 1:4], two[:, 1:4])
 
 
 def test_it_starts_as_the_autoencoders_own_decoder() -> None:

@@ -23,7 +23,8 @@ docs/quality.json and a plot. The grid's YAML:
       other: {model: student, ae_ckpt: "{ae4.ckpt}"}   # the checkpoint of variant ae4, of the same seed, trained before
       ae4: {model: ae, k: 4}       # trained once, with the first seed
 
-A variant may have `seeds` of its own. With --jobs N, N runs go on at once, each on its own cores.
+A variant may have `seeds` of its own, and a `control` of its own (the same decoder without latents). With --jobs N, N runs
+go on at once, each on its own cores.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ def main() -> None:
     made = [row for run in grid.runs() if (row := current(run, rows))]
     missing = [run.title for run in grid.runs() if not current(run, rows)]
     roles = {"control": grid.control, "token_model": grid.token_model, "recommended": grid.recommended}
-    print(write_quality(args.docs, grid.name, grid.path, made, missing, roles))
+    controls = {variant.name: variant.control for variant in grid.variants.values() if variant.control}
+    print(write_quality(args.docs, grid.name, grid.path, made, missing, roles, controls))
     if failed:
         raise UserError("; ".join(f"{title} failed ({reason})" for title, reason in failed.items()))
 

@@ -42,6 +42,7 @@ class Variant:
     model: str
     settings: dict[str, Any] = field(hash=False)
     seeds: tuple[int, ...]
+    control: str | None = None  # what its latents are held against; None: the grid's control
 
     @property
     def needs(self) -> dict[str, str]:
@@ -193,6 +194,9 @@ def load_grid(path: str | Path) -> Grid:
     for key in ("control", "token_model", "recommended"):
         if values.get(key) is not None:
             known(values[key], variants, f"{source}: {key}", "variant")
+    for variant in variants.values():
+        if variant.control is not None:
+            known(variant.control, variants, f"{source}: {variant.name}: control", "variant")
     both = tuple(sorted({seed for v in variants.values() if v.model != "ae" for seed in v.seeds}))
     for name in (values["control"], values["token_model"]):  # what the others are held against, at every seed
         variants[name] = Variant(name, variants[name].model, variants[name].settings, both)
@@ -215,7 +219,7 @@ def variant_of(name: str, told: Any, shared: dict[str, Any], ae: Any, seeds: tup
         raise UserError(f"{where}: a variant's name may have letters, digits, '_', '-' and '.' only")
     if not isinstance(told, dict) or told.get("model") not in TRAINERS:
         raise UserError(f"{where}: expected settings with `model:` one of {', '.join(TRAINERS)}, got {told!r}")
-    own = {key: value for key, value in told.items() if key not in ("model", "seeds")}
+    own = {key: value for key, value in told.items() if key not in ("model", "seeds", "control")}
     cls = TRAINERS[told["model"]][1]
     for key in OURS & {*own, *shared}:
         raise UserError(f"{where if key in own else source}: `{key}` is the grid's to set, not a variant's")
@@ -231,7 +235,9 @@ def variant_of(name: str, told: Any, shared: dict[str, Any], ae: Any, seeds: tup
             f"takes cannot be told from training), got {checked.eval_every}"
         )
     settings = {key: getattr(checked, key) for key in settings}  # 1e-3, not "1e-3"
-    return Variant(name, told["model"], settings, seeds_of(told["seeds"], where) if "seeds" in told else seeds)
+    return Variant(
+        name, told["model"], settings, seeds_of(told["seeds"], where) if "seeds" in told else seeds, told.get("control")
+    )
 
 
 def check_references(variants: dict[str, Variant], source: str) -> None:

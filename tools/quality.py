@@ -41,20 +41,23 @@ def mean(values: list[Any]) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def summary(rows: list[Row], roles: dict[str, str | None]) -> list[dict[str, Any]]:
+def summary(rows: list[Row], roles: dict[str, str | None], controls: dict[str, str]) -> list[dict[str, Any]]:
     """One entry a variant: the means of its seeds' figures, and how it stands to control and token model seed by seed."""
+    no_share = {roles["control"], roles["token_model"], *controls.values()}
     by_run = {(row["name"], row["seed"]): row for row in rows}
     out = []
     for name in dict.fromkeys(row["name"] for row in rows if row["model"] != "ae"):
         mine = [row for row in rows if row["name"] == name]
-        references = [[by_run.get((roles[role], row["seed"])) for role in ("control", "token_model")] for row in mine]
+        against = (controls.get(name, roles["control"]), roles["token_model"])
+        references = [[by_run.get((other, row["seed"])) for other in against] for row in mine]
         shares = [gain_share(row, *both) for row, both in zip(mine, references, strict=True)]
         ratios = [
             row["bits_per_byte"] / full["bits_per_byte"] if full and row["bits_per_byte"] and full["bits_per_byte"] else None
             for row, (_, full) in zip(mine, references, strict=True)
         ]
         entry: dict[str, Any] = {"name": name, "seeds": [row["seed"] for row in mine]}
-        if name not in (roles["control"], roles["token_model"]):
+        if name not in no_share:
+            entry |= {"control": against[0]}
             entry |= {"latent_gain_share": mean([share for share, _ in shares])}
             entry |= {"latent_gain_share_by_seed": [share for share, _ in shares]}
             entry |= {"latent_gain_share_reason": next((reason for _, reason in shares if reason), None)}
@@ -104,6 +107,13 @@ def section(name: str, source: str, rows: list[Row], entries: list[dict[str, Any
     heads = ["variant", "seeds", "NLL, nats/token", *(column[0] for column in columns)]
     parts = [f"## {name}", f"`python tools/ablate.py --grid {source}`" + where(rows)]
     parts.append(markdown([*heads, "training tokens, M", "training PFLOPs", "training s (threads)"], lines))
+    against: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.get("latent_gain_share") is not None:
+            against.setdefault(entry["control"], []).append(entry["name"])
+    if len(against) > 1:
+        told_of = "; ".join(f"{', '.join(names)} against {control}" for control, names in against.items())
+        parts.append(f"Latent gain share: {told_of}.")
     reasons = {e["name"]: e["latent_gain_share_reason"] for e in entries if e.get("latent_gain_share_reason")}
     if reasons:
         parts.append("No latent gain share: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
@@ -159,16 +169,17 @@ def replace(path: Path, text: str) -> None:
 
 
 def write_quality(
-    folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None]
-) -> str:
+    folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
+    controls: dict[str, str],
+) -> str:  # fmt: skip
     """Write quality.md, quality.json and quality_NAME.png for a grid; returns its section.
 
     rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
-    `token_model` and `recommended`. Rows and recommendation of other grids stay as they are.
+    `token_model` and `recommended`; controls: of the variants that have their own. What other grids wrote stays.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = summary(rows, roles)
+    entries = summary(rows, roles, controls)
     curves: dict[str, list[list[tuple[float, ...]]]] = {}
     for row in rows:
         if row["model"] != "ae" and row["bits_per_byte"]:
