@@ -33,7 +33,7 @@ def _embedding(path: str | Path) -> Tensor:
     """(words, width) of a token-level model's checkpoint or of a folder."""
     if Path(path).is_file():
         return load_checkpoint(path, "token_model")["state"]["lm.model.embed_tokens.weight"]
-    return read_folder(path).get_input_embeddings().weight
+    return read_folder(path).get_parameter("model.embed_tokens.weight")
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def copy_embedding(ae: Autoencoder, path: str | Path) -> str:
     table, given = ae.embedding.weight, _embedding(path)
     if given.shape != table.shape:
         raise UserError(
-            f"--init_from {path}: its embedding is {tuple(given.shape)} (words, width), the autoencoder's {tuple(table.shape)}; "
+            f"--init_from {path}: its embedding is {tuple(given.shape)} (words, width), the table {tuple(table.shape)}; "
             f"set --embed_dim {given.shape[1]} and use data packed with its tokenizer, or leave --init_from out"
         )
     table.copy_(given / given.float().norm(dim=1).mean())

@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from student.baseline import BackboneConfig, TokenModel
-from student.compiled import cpu_settings
 from student.drawing import Screen, Vocabulary
 from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
@@ -142,9 +141,7 @@ class TokenEager:
             )  # fmt: skip
 
         if self.extra:  # a hook would be compiled away
-            with torch._inductor.config.patch(
-                {**cpu_settings(len(ids)), "freezing": False} if ids.device.type == "cpu" else {}
-            ):
+            with torch._inductor.config.patch(cpp_wrapper=ids.device.type == "cpu"):
                 out, steps = generate(), new
         else:
             out = None
