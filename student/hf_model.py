@@ -133,13 +133,13 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         settings: fields of a GenerationConfig, of which sampling (do_sample, temperature, top_p, top_k), lengths
         (max_new_tokens, max_length), eos_token_id, pad_token_id and num_return_sequences are followed; any other that is set
         raises UserError. Row i draws from `seed` + i, as in this model's own repository; without one, from a seed that
-        torch's generator gives. A row that ends before the others is closed by the end-of-text token and filled with pads.
+        torch's generator gives. A row that ends early is closed by the (first) eos_token_id, and filled with pads.
         streamer: gets the new tokens of each step.
         """
         config = self._settings(generation_config, settings)
         stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         pad = self.config.pad_token_id
-        words = _Vocabulary(self.config.tokenizer_size, pad, stops[0], frozenset(stops))
+        words = _Vocabulary(self.config.tokenizer_size, pad, self.config.eos_token_id, frozenset(stops))
         sampler = Sampler(self.student, words)  # type: ignore[arg-type]
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids) if pad in stops else input_ids != pad
@@ -164,7 +164,7 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         for chunk in sampler.stream(prompts, params):
             ids = chunk.token_ids
             if chunk.finish_reason == "stop" and len(written[chunk.row]) + len(ids) < new:
-                ids = [*ids, words.eot_id]
+                ids = [*ids, stops[0]]
             written[chunk.row] += ids
             if streamer is not None:
                 streamer.put(torch.tensor(ids))
