@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from student.baseline import BackboneConfig, TokenModel
-from student.drawing import Screen, Vocabulary
+from student.drawing import NEIGHBOURS, Screen, Vocabulary
 from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
 from student.flops import generation_bytes, generation_flops
@@ -288,8 +288,10 @@ def screen_quality(
                 for h, target in zip(hidden.split(256), targets.split(256), strict=True):
                     true, near = exact(h), screen(h)
                     p, q = true.softmax(-1), near.softmax(-1)
-                    inside = torch.zeros_like(p, dtype=torch.bool)
-                    inside.scatter_(1, (linear_scores(screen, h)).topk(screen.words).indices, True)
+                    inside = torch.zeros(len(h), len(screen.table), dtype=torch.bool, device=h.device)
+                    chosen = screen.choose(linear_scores(screen, h))[..., None]
+                    inside.unflatten(1, (-1, NEIGHBOURS)).scatter_(1, chosen.expand(-1, -1, NEIGHBOURS), True)
+                    inside = inside[:, : len(table)]
                     nats = (true.log_softmax(-1) - near.log_softmax(-1)).gather(1, target[:, None])[:, 0]
                     parts = (
                         (p - q).abs().sum(-1) / 2, torch.where(inside, 0.0, p).sum(-1),

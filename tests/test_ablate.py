@@ -114,8 +114,9 @@ def test_a_grid_end_to_end(world: World, tmp_path: Path, capsys: pytest.CaptureF
     assert best["name"] == "student" and best["bits_per_byte_ratio"] == pytest.approx(
         student["bits_per_byte"] / rows["token_model", 0]["bits_per_byte"]
     )
-    assert (docs / "quality_tiny.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "out").glob("*/checkpoints/*.state.pt"))
+    for plot in ("quality_tiny.png", "frontier_tiny.png"):
+        assert (docs / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in page
+    assert not list((tmp_path / "out").glob("*/checkpoints/*.state*.pt"))
 
 
 def stale(grid: Grid) -> list[str]:

@@ -6,7 +6,7 @@ python tools/plot.py runs/token_model runs/student --output loss.png
 from __future__ import annotations
 
 import argparse
-import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
 from configs.errors import UserError, run_cli
+from configs.files import read_json_lines
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. Raises UserError when there are none."""
     path = Path(run) / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"no run in {run}: {path} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: expected one JSON object a line") from None
+        lines = read_json_lines(path)
+    except FileNotFoundError:
+        raise UserError(f"no run in {run}: {path} cannot be read (no such file)") from None
     if not any("loss" in line for line in lines):
         raise UserError(f"{path} holds no training steps yet")
+    for line in lines:
+        if not all(isinstance(line.get(key), (int, float)) for key in ("step", "tokens", "time")):
+            raise UserError(f"{path} is damaged: expected the numbers step, tokens and time, got {reprlib.repr(line)}")
     return lines
 
 
@@ -77,6 +79,20 @@ def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str |
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
     axes[-1].legend(fontsize=8)
+    _save(figure, path)
+
+
+def frontier(points: dict[str, tuple[float, float]], path: str | Path) -> None:
+    """Named variants at (runs of the backbone a token, bits per byte)."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for number, (name, (steps, bits)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
+        axis.plot(steps, bits, "o", color="C0")
+        axis.annotate(name, (steps, bits), xytext=(6, 5 if number % 2 else -10), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("runs of the backbone for one token")
+    axis.set_ylabel("validation bits per byte")
+    axis.margins(x=0.2)
+    axis.grid(alpha=0.3)
     _save(figure, path)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.errors import UserError
 from tools.metrics import BUCKETS
-from tools.plot import quality_curves
+from tools.plot import frontier, quality_curves
 
 Row = dict[str, Any]
 INTRO = "# Quality\n"
@@ -87,7 +87,9 @@ def shown(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
 
 
-def section(name: str, source: str, rows: list[Row], entries: list[dict[str, Any]], missing: list[str], plot: bool) -> str:
+def section(
+    name: str, source: str, rows: list[Row], entries: list[dict[str, Any]], missing: list[str], plots: list[str]
+) -> str:
     """A grid's part of quality.md, without its markers."""
     columns = [
         ("bits per byte", "bits_per_byte", ".4f"), ("to token model", "bits_per_byte_ratio", ".3f"),
@@ -132,8 +134,7 @@ def section(name: str, source: str, rows: list[Row], entries: list[dict[str, Any
         buckets = [b for b in BUCKETS if any(entry[key][b] is not None for entry in entries)]
         table = [[entry["name"], *(shown(entry[key][b], ".3f") for b in buckets)] for entry in told]
         parts += [title, markdown(["variant", *buckets], table)] if told and buckets else []
-    if plot:
-        parts.append(f"![bits per byte](quality_{name}.png)")
+    parts += [f"![bits per byte]({plot})" for plot in plots]
     return "\n\n".join(parts)
 
 
@@ -172,7 +173,7 @@ def write_quality(
     folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
     controls: dict[str, str],
 ) -> str:  # fmt: skip
-    """Write quality.md, quality.json and quality_NAME.png for a grid; returns its section.
+    """Write quality.md, quality.json, quality_NAME.png and, where K differs, frontier_NAME.png of a grid; returns its section.
 
     rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
     `token_model` and `recommended`; controls: of the variants that have their own. What other grids wrote stays.
@@ -190,7 +191,13 @@ def write_quality(
             curves.setdefault(row["name"], []).append(points)
     if curves:
         quality_curves(curves, folder / f"quality_{name}.png")
-    text = section(name, source, rows, entries, missing, bool(curves))
+    points = {e["name"]: (e["backbone_steps_per_token"], e["bits_per_byte"]) for e in entries if e["bits_per_byte"]}
+    points = {key: point for key, point in points.items() if point[0]}  # without latents there is no backbone
+    plots = [f"quality_{name}.png"] if curves else []
+    if len({place for place, _ in points.values()}) > 2:  # of several K
+        frontier(points, folder / f"frontier_{name}.png")
+        plots.append(f"frontier_{name}.png")
+    text = section(name, source, rows, entries, missing, plots)
     path = folder / "quality.json"
     try:
         page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
