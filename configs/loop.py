@@ -139,17 +139,22 @@ def fit(
     else:
         run.go_on_from(0)
 
-    def save(step: int, figures: dict[str, Any]) -> None:
-        weights = {key: value.detach() for key, value in model.state_dict().items()}
+    def weights() -> dict[str, Tensor]:
+        return {key: value.detach() for key, value in model.state_dict().items()}
+
+    def save_model(step: int, figures: dict[str, Any]) -> None:
+        save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights(), "step": step, "figures": figures})
+
+    def save(step: int) -> None:
         state = {
             "config": content["config"],
             "train_config": content["train_config"],
-            "state": weights,
+            "state": weights(),
             "optimizer": optimizer.state_dict(),
             "step": step,
         }
         save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
-        save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
+        save_model(step, {})
 
     stop = _StopSignal()
     bar = tqdm(
@@ -189,18 +194,18 @@ def fit(
             if cfg.eval_every and done % cfg.eval_every == 0 and done < total:
                 run.metrics(step=done, tokens=done * tokens_per_step, **{f"val_{k}": v for k, v in validate(False).items()})
             if stop.asked and done < total:
-                save(done, {})
+                save(done)
                 bar.close()
                 run.log(f"{name}: stopped at step {done} of {total} and saved {state_path}. Go on with: {_resume_command()}")
                 sys.exit(EXIT_INTERRUPTED if stop.asked == signal.SIGINT else 0)
             if cfg.save_every and done % cfg.save_every == 0 and done < total:
-                save(done, {})
+                save(done)
     finally:
         bar.close()
         stop.restore()
-    save(total, {})  # before the validation, so that an interrupt there costs nothing
+    save(total)  # before the validation, so that an interrupt there costs nothing
     figures = validate(True)
-    save(total, figures)
+    save_model(total, figures)
     run.metrics(step=total, tokens=total * tokens_per_step, final=True, **figures)
     run.log(f"{name}: {total} steps, {total * tokens_per_step:,} tokens -> {folder / f'{name}.pt'}")
     return figures

@@ -163,12 +163,14 @@ class Run:
             self._show(lines)
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines of metrics.jsonl to the TensorBoard events: each number under its name, at its step and time."""
+        """Add lines of metrics.jsonl to the TensorBoard events: each number under its name (final/NAME for the last
+        validation's, some of which have a training figure's name), at its step and time."""
         if self._events:
             for line in lines:
+                group = "final/" if line.get("final") else ""
                 for key, value in line.items():
                     if isinstance(value, (int, float)) and key not in ("step", "time", "final"):
-                        self._events.add_scalar(key, value, line["step"], walltime=self._start + line["time"])
+                        self._events.add_scalar(group + key, value, line["step"], walltime=self._start + line["time"])
             self._events.flush()
 
 

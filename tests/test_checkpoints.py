@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, World, run_script
+from conftest import ROOT, SMALL_AE, World, run_script
 
 import infer
 from ae import train_ae
 from ae.ae_model import load_ae
+from configs import loop
 from configs.errors import UserError
-from configs.run import FORMAT, VERSION, load_checkpoint, save_checkpoint
+from configs.run import (
+    FORMAT,
+    VERSION,
+    Damaged,
+    load_checkpoint,
+    load_state,
+    remove_temporaries,
+    save_checkpoint,
+    saved_states,
+    state_before,
+)
 from student import train_student
 from student.baseline import load_token_model
 from student.student_model import load_student
@@ -66,6 +79,102 @@ def test_what_is_refused(world: World, tmp_path: Path) -> None:
     state.pop("embedding.weight")
     with pytest.raises(UserError, match="do not fit its config"):
         load_ae(edited(world.ae, tmp_path / "lacking", state=state))
+
+
+def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    """Each bit of the weights counts; of the archive's own fields those that nothing reads (times, padding) do not."""
+    path, w = tmp_path / "ae.pt", torch.randn(300)
+    save_checkpoint(path, "ae", {"state": {"w": w}})
+    whole = path.read_bytes()
+    begins = whole.index(w.numpy().tobytes())
+    refused = 0
+    for at in [*range(0, len(whole), 7), *range(begins, begins + 1200, 13), begins + 1199]:
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << random.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            content = load_checkpoint(path, "ae")
+        except Damaged:
+            refused += 1
+        else:
+            assert not begins <= at < begins + 1200
+            assert torch.equal(content["state"]["w"], w) and content["kind"] == "ae"
+    assert refused > len(whole) / 7 / 2
+    path.write_bytes(whole)
+    assert torch.equal(load_checkpoint(path, "ae")["state"]["w"], w)
+
+
+def test_a_flipped_bit_of_a_model_is_refused(world: World, tmp_path: Path) -> None:
+    for source, load in ((world.ae, load_ae), (world.student, load_student), (world.token_model, load_token_model)):
+        flipped = bytearray(source.read_bytes())
+        flipped[len(flipped) // 2] ^= 16
+        (tmp_path / source.name).write_bytes(flipped)
+        with pytest.raises(UserError, match=rf"{source.name} is damaged .*wrong checksum of .*; write it again"):
+            load(tmp_path / source.name)
+
+
+def test_a_kill_at_any_instant_leaves_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of a save that the disk sees is the last one once, before and after it is made."""
+
+    class Killed(BaseException):
+        pass
+
+    path, log = tmp_path / "ae.state.pt", []
+    calls = [(os, "fsync"), (os, "open"), (os, "close"), (Path, "replace"), (torch, "save")]
+    left, steps_seen = 0, set()
+
+    def deadly(true: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            for now in (lambda: None, lambda: true(*args, **kwargs)):
+                out = now()
+                left -= 1
+                if left < 0:
+                    raise Killed
+            return out
+
+        return call
+
+    for last in range(100):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for step in (1, 2):
+            save_checkpoint(path, "ae.state", {"step": step}, state_before(path))
+        left = last
+        with monkeypatch.context() as patch:
+            for owner, call in calls:
+                patch.setattr(owner, call, deadly(getattr(owner, call)))
+            try:
+                save_checkpoint(path, "ae.state", {"step": 3}, state_before(path))
+            except Killed:
+                pass
+            else:
+                break
+        remove_temporaries(tmp_path, "ae")
+        assert {p.name for p in tmp_path.iterdir()} <= {"ae.state.pt", "ae.state.prev.pt"}
+        steps_seen.add(load_state(path, "ae.state", log.append)["step"])
+        assert path.is_file()
+    else:
+        raise AssertionError("no save went through")
+    assert last >= 14 and steps_seen == {2, 3} and any("ae.state.pt is missing" in line for line in log)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    path, log = tmp_path / "ae.state.pt", []
+    with pytest.raises(UserError, match=r"ae.state.pt does not exist.*train without --resume"):
+        load_state(path, "ae.state", log.append)
+    for step in (1, 2, 3):
+        save_checkpoint(path, "ae.state", {"step": step}, state_before(path))
+    assert load_state(path, "ae.state", log.append)["step"] == 3 and not log
+    path.write_bytes(path.read_bytes()[:-40])
+    assert load_state(path, "ae.state", log.append)["step"] == 2
+    assert len(log) == 1 and "ae.state.pt is damaged" in log[0] and log[0].endswith("the save before it, step 2")
+    assert saved_states(path) == [path] and load_checkpoint(path, "ae.state")["step"] == 2
+    save_checkpoint(path, "ae.state", {"step": 3}, state_before(path))
+    for state in saved_states(path):
+        state.write_bytes(b"")
+    with pytest.raises(UserError, match=r"ae.state.pt and .*ae.state.prev.pt: damaged.*train without --resume"):
+        load_state(path, "ae.state", log.append)
 
 
 def test_pickles_are_not_run(tmp_path: Path) -> None:
@@ -125,6 +234,38 @@ def test_a_file_that_may_not_grow_ends_training_in_one_line(world: World, tmp_pa
     assert len(lines) == 1 and "cannot write checkpoint" in lines[0] and "there was none before" in lines[0]
     assert "Traceback" not in done.stderr
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.is_file()]
+
+
+def test_a_disk_that_fills_up_later_keeps_the_last_save(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, but the first three saves fit; with space again, --resume ends as a run that never stopped."""
+    command = [*world.train_flags(tmp_path), *SMALL_AE, "--max_steps", "5", "--save_every", "1"]
+    checkpoints, (soft, hard) = tmp_path / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
+    true_rate = loop.learning_rate
+
+    def rate(step: int, *rest: Any) -> float:
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+        return true_rate(step, *rest)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "learning_rate", rate)
+            assert run_script(train_ae, *command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "File too large" in error and f"is intact: {checkpoints / 'ae.state.pt'}" in error
+    files = {p.name for p in checkpoints.iterdir() if p.is_file()}
+    assert files == {"ae.pt", "ae.state.pt", "ae.state.prev.pt"}
+    assert load_checkpoint(checkpoints / "ae.state.pt", "ae.state")["step"] == 3
+    (checkpoints / ".ae.state.pt.1.tmp").write_bytes(b"what a killed run left")
+    assert run_script(train_ae, *command, "--resume") == 0
+    assert run_script(train_ae, *command, *world.train_flags(tmp_path / "whole")) == 0
+    one, two = (load_ae(folder / "checkpoints/ae.pt")[1]["state"] for folder in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert {p.name for p in checkpoints.iterdir() if p.is_file()} == files
 
 
 def test_another_tokenizer_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, SMALL_AE, SMALL_LM, World, run_script
 
 from ae import train_ae
+from ae.chunks import PackedData, TrainWindows
 from student import baseline, train_student
 
 SCRIPTS = {"ae": train_ae, "token_model": baseline, "student": train_student}
@@ -77,8 +78,82 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         train_ae, "ae_loss", lambda *a, **k: tuple(x * float("nan") if i == 0 else x for i, x in enumerate(true_loss(*a, **k)))
     )
     assert run_script(train_ae, *flags, "--max_steps", 4, "--resume") == 2
-    assert "the loss is nan" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    bad = tmp_path / "checkpoints" / "ae.bad_batch.pt"
+    assert "the loss is nan" in error and "at step 2" in error and f"kept in {bad}" in error and "lower --lr" in error
+    kept = torch.load(bad, weights_only=True)
+    assert (kept["step"], kept["seed"]) == (2, 0) and kept["loss"] != kept["loss"]
+    chunks = TrainWindows(PackedData(world.data / "train"), 4, 64, 0).batch(2)
+    assert len(kept["batch"]) == 1 and torch.equal(kept["batch"][0], chunks)
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path, "ae").items())
+
+
+def test_a_damaged_state_costs_the_steps_since_the_save_before(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags_of("ae", world), "--max_steps", 6, "--save_every", 2]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for folder in (cut, whole):
+        assert run_script(train_ae, *world.train_flags(folder), *flags) == 0
+    state = cut / "checkpoints" / "ae.state.pt"
+    flipped = bytearray(state.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    state.write_bytes(flipped)
+    assert run_script(train_ae, *world.train_flags(cut), *flags, "--resume") == 0
+    error = capsys.readouterr().err
+    assert f"{state} is damaged" in error and "going on from the save before it, step 4" in error
+    assert "resumed at step 4 of 6" in error
+    one, two = weights(cut, "ae"), weights(whole, "ae")
+    assert all(torch.equal(one[key], two[key]) for key in one) and losses(cut) == losses(whole)
+
+
+def test_tensorboard_shows_what_metrics_say(world: World, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--eval_every", 2]
+    assert run_script(train_ae, *flags, "--max_steps", 3) == 0  # the steps before --tensorboard are shown, too
+    assert run_script(train_ae, *flags, "--max_steps", 5, "--resume", "--tensorboard") == 0
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:  # a killed run has logged more than it saved
+        file.write(json.dumps({"time": 9.0, "step": 8, "loss": 77.0}) + '\n{"time": 9.1, "st')
+    assert run_script(train_ae, *flags, "--max_steps", 7, "--resume", "--tensorboard") == 0
+    shown = event_accumulator.EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    events = sorted((tag, e.step, e.value) for tag in shown.Tags()["scalars"] for e in shown.Scalars(tag))
+    expected = []
+    for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()):
+        group, step = "final/" if line.pop("final", False) else "", line.pop("step")
+        expected += [(group + key, step, value) for key, value in line.items() if key != "time"]
+    expected.sort()
+    assert [e[:2] for e in events] == [e[:2] for e in expected]
+    assert [e[2] for e in events] == pytest.approx([e[2] for e in expected])
+    tags = {e[:2] for e in expected}
+    assert {("loss", 1), ("loss", 7), ("val_kl", 4), ("kl", 7), ("final/kl", 7)} <= tags and ("loss", 8) not in tags
+
+
+def test_tensorboard_that_is_not_installed(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world)]
+    assert run_script(train_ae, *flags, "--max_steps", 1, "--tensorboard") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_ends_well(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--max_steps", 6]
+    true_loss, steps = train_ae.ae_loss, []
+
+    def signalled(*a: Any, **k: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_loss(*a, **k)
+
+    monkeypatch.setattr(train_ae, "ae_loss", signalled)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert run_script(train_ae, *flags) == 0
+    assert len(steps) == 3 and signal.getsignal(signal.SIGTERM) == handler
+    assert "stopped at step 3 of 6" in (tmp_path / "run/log.txt").read_text()
+    assert run_script(train_ae, *flags, "--resume") == 0
+    assert len(steps) == 6 and [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_interrupt_saves_and_the_printed_command_goes_on(world: World, tmp_path: Path) -> None:

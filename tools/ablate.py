@@ -45,7 +45,7 @@ import yaml
 
 from ae.ae_model import AEConfig
 from configs.errors import UserError, run_cli
-from configs.run import load_checkpoint
+from configs.run import load_checkpoint, saved_states
 from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
 from student.flops import ae_training_flops, backbone_steps, training_flops
@@ -151,7 +151,7 @@ def prepare(run: Run, identity: dict[str, Any]) -> list[list[str]]:
     commands = []
     if not is_trained(run):
         script = str(ROOT / TRAINERS[run.variant.model][0])
-        commands.append([script, "--config", str(told), *(["--resume"] if run.state.exists() else [])])
+        commands.append([script, "--config", str(told), *(["--resume"] if saved_states(run.state) else [])])
     if run.variant.model != "ae":
         flag = "--student" if run.variant.model == "student" else "--baseline"
         evaluate = [str(ROOT / "tools" / "evaluate.py"), flag, str(run.checkpoint), "--data", run.grid.data]
@@ -217,7 +217,8 @@ def execute(runs: list[Run], jobs: int) -> dict[str, str]:
                 if reason is None:
                     row = finish(job.run, job.identity, read_rows(job.run.grid.output), job.threads)
                     write_row(job.run.grid.output, row)
-                    job.run.state.unlink(missing_ok=True)  # two thirds of its folder, and of no more use
+                    for state in saved_states(job.run.state):  # six sevenths of its folder, and of no more use
+                        state.unlink()
                     nats = row.get("nats_per_token")
                     say(f"{job.run.title}: {row['train_seconds']:.0f} s" + (f", {nats:.4f} nats per token" if nats else ""))
                 else:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import EXIT_INTERRUPTED, UserError, run_cli
+from configs.run import saved_states
 
 PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ")
 
@@ -121,7 +122,7 @@ def run_chain(root: Path, chain: list[Stage]) -> int:
         print(f"{title} ...", file=sys.stderr, flush=True)
         spent = before.get("spent", 0.0) if same else 0.0
         start = time.time()
-        resume = bool(same and stage.state and stage.state.exists())
+        resume = bool(same and stage.state and saved_states(stage.state))
 
         def note(result: str, stage: Stage = stage, key: str = key, start: float = start, spent: float = spent) -> None:
             record[stage.name] = {"key": key, result: round(spent + time.time() - start, 1)}
