@@ -18,7 +18,7 @@ from ae.ae_model import AEConfig, Autoencoder
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from ae.initialise import copy_embedding
 from ae.losses import MAX_LOGITS, ae_loss, kl_to_unit_gaussian
-from configs import loop
+from configs import loop, plan
 from configs.errors import run_cli
 from configs.schema import AETrainConfig, as_dict, parse_config
 
@@ -74,10 +74,11 @@ def main() -> None:
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("ae", cfg)
-    model = Autoencoder(shape)
-    if cfg.init_from:
+    with plan.unreal(cfg):
+        model = Autoencoder(shape)
+    if cfg.init_from and not cfg.dry_run:
         setup.run.log(f"ae: {copy_embedding(model, cfg.init_from)}")
-    model.to(setup.device)
+    plan.place(model, setup.device)
     setup.run.log(f"ae: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {cfg.batch_size} chunks")
 
     def loss(chunks: Tensor) -> loop.Losses:
@@ -96,6 +97,8 @@ def main() -> None:
     def validate(full: bool) -> dict[str, Any]:
         return reconstruction(model, val, setup.device, setup.bf16, None if full else 4096)
 
+    if cfg.dry_run:
+        return plan.show("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, batch_at, loss)
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
@@ -108,7 +111,8 @@ def main() -> None:
         f"{figures['noisy_chunk_exact']:.2%} with N(0, {NOISE}) noise on the latent; "
         f"posterior std {figures['posterior_std']:.3f}, {figures['dead_dims']} of {cfg.latent_dim} dimensions dead"
     )
-    print(json.dumps(figures))
+    if setup.here.first:
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

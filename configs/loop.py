@@ -7,6 +7,7 @@ generator seeded by the step. So a resumed run equals an undisturbed one, bit fo
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
+from configs.parallel import Losses, World, join
 from configs.run import (
     Run,
     has_fast_bf16,
@@ -39,7 +41,22 @@ from configs.schema import TrainConfig, as_dict
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
 FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard"}
 
-Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
+
+class NoRun(Run):
+    """Writes no file: of a dry run, and of all processes but the first; of those nothing is said either."""
+
+    def __init__(self, says: bool) -> None:
+        self.folder, self._says = Path(os.devnull), says
+
+    def log(self, line: str) -> None:
+        if self._says:
+            print(line, file=sys.stderr)
+
+    def metrics(self, **values: Any) -> None:
+        pass
+
+    def go_on_from(self, step: int) -> None:
+        pass
 
 
 @dataclass
@@ -50,6 +67,7 @@ class Setup:
     device: torch.device
     bf16: bool
     compile: bool
+    here: World
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products where they pay, float32 elsewhere."""
@@ -59,13 +77,17 @@ class Setup:
 def start(name: str, cfg: TrainConfig) -> Setup:
     """Seed, device, threads and run folder of a training script."""
     threads = tune_process()
-    device = pick_device(cfg.device)
+    here, device = join(pick_device(cfg.device))
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
-    run = Run(cfg.run_dir or f"runs/{name}", as_dict(cfg), cfg.tensorboard)
-    setup = Setup(run, device, bf16, wants_compile(cfg.compile, device))
+    run: Run = NoRun(says=here.first)
+    if here.first and not cfg.dry_run:
+        run = Run(cfg.run_dir or f"runs/{name}", as_dict(cfg), cfg.tensorboard)
+    setup = Setup(run, device, bf16, wants_compile(cfg.compile, device), here)
     torch.manual_seed(cfg.seed)
     how = ("bfloat16 autocast" if bf16 else "float32") + (", compiled" if setup.compile else "")
-    setup.run.log(f"{name}: {device}, {threads} threads, {how}, run folder {setup.run.folder}")
+    many = f"{here.size} processes, " if here.size > 1 else ""
+    where = "dry run: nothing is written" if cfg.dry_run else f"run folder {setup.run.folder}"
+    setup.run.log(f"{name}: {many}{device}, {threads} threads, {how}, {where}")
     return setup
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from configs.errors import UserError
+from configs.files import read_plain_yaml
 
 C = TypeVar("C")
 
@@ -58,6 +57,8 @@ class TrainConfig:
     save_every: int = opt(500, "steps between saves (0: only at the end)")
     log_every: int = opt(20, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = opt(0, "steps between validations on a sample (0: only the full one at the end)")
+    grad_accum: int = opt(1, "microbatches that a process works off one after another for each step's batch", low=1)
+    dry_run: bool = opt(False, "print the memory and time that this training takes, and train nothing")
     tensorboard: bool = opt(False, "write the figures of metrics.jsonl as TensorBoard events, too (pip install tensorboard)")
 
 
@@ -93,6 +94,8 @@ class LMTrainConfig(TrainConfig):
     head_dim: int | None = opt(None, "width of an attention head; unset: hidden_dim / num_heads", low=2)
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
+    fsdp: bool = opt(False, "share weights, gradients and optimizer out over torchrun's processes (FSDP2)")
+    activation_checkpointing: bool = opt(False, "keep only the inputs of the backbone's layers, and compute them twice")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
     ce_w: float | None = opt(
         None,
@@ -193,15 +196,9 @@ def config_from(cls: type[C], values: dict[str, Any], source: str) -> C:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that is one flat mapping. Raises UserError when missing or malformed."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config {path} is not UTF-8 text") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_plain_yaml(path)
+    except FileNotFoundError:
+        raise UserError(f"cannot read config {path}: there is no such file") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

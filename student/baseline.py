@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from ae.losses import token_nll
-from configs import loop
+from configs import loop, plan
 from configs.errors import UserError, run_cli
 from configs.run import load_checkpoint, load_weights
 from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
@@ -139,7 +139,9 @@ def main() -> None:
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("token_model", cfg)
-    model = TokenModel(shape).to(setup.device)
+    with plan.unreal(cfg):
+        model = TokenModel(shape)
+    plan.place(model, setup.device)
     setup.run.log(f"token_model: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps")
 
     ce_w = teacher.say(setup.run.log, cfg) if teacher else 1.0 if cfg.ce_w is None else cfg.ce_w
@@ -163,15 +165,18 @@ def main() -> None:
         kl = teacher.validate(model, setup, cfg.eval_windows) if teacher else {}
         return mean_nll(model, val, setup, cfg.eval_windows) | kl
 
+    tokens_per_step = cfg.batch_size * model.cfg.context
+    if cfg.dry_run:
+        return plan.show("token_model", model, cfg, setup, total, tokens_per_step, batch_at, loss)
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_config": as_dict(cfg),
         "distillation": teacher.about() if teacher else None,
     }
-    tokens_per_step = cfg.batch_size * model.cfg.context
     figures = loop.fit("token_model", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)
-    print(json.dumps(figures))
+    if setup.here.first:
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

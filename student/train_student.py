@@ -12,18 +12,20 @@ lacks is harvested first, from the beginnings of --data's documents; `kd/harvest
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ae.ae_model import load_ae
+from ae.ae_model import AEConfig, Autoencoder, load_ae
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
-from configs import loop
+from configs import loop, plan
 from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint
-from configs.schema import StudentTrainConfig, as_dict, parse_config
+from configs.schema import AETrainConfig, StudentTrainConfig, as_dict, parse_config
 from student.baseline import backbone_fields, mean_nll
 from student.distillation import open_teacher, shift_right
 from student.initialise import copy_backbone
@@ -39,9 +41,21 @@ def pad_left(tokens: Tensor, k: int, pad_id: int, share: float, seed: int, step:
     return shift_right(tokens, pads, pad_id), pads
 
 
+def planned_ae(cfg: StudentTrainConfig) -> tuple[Autoencoder, dict[str, Any]]:
+    """For a dry run: the autoencoder of --ae_ckpt; where none is trained yet, one of the default shape for --data's words."""
+    if Path(cfg.ae_ckpt).exists():
+        return load_ae(cfg.ae_ckpt)
+    data, default = PackedData(Path(cfg.data) / "train"), AETrainConfig()
+    k, latent_dim = cfg.k or default.k, cfg.latent_dim or default.latent_dim
+    shape = AEConfig(data.meta["vocab_size"], k, latent_dim, default.embed_dim, default.num_layers)
+    print(f"{cfg.ae_ckpt} does not exist: planning with {shape}", file=sys.stderr)
+    return Autoencoder(shape), {"tokenizer": {"fingerprint": data.fingerprint}}
+
+
 def main() -> None:
     cfg = parse_config(StudentTrainConfig, __doc__)
-    frozen, ae_content = load_ae(cfg.ae_ckpt)
+    with plan.unreal(cfg):
+        frozen, ae_content = planned_ae(cfg) if cfg.dry_run else load_ae(cfg.ae_ckpt)
     ae = frozen.cfg
     for name in ("k", "latent_dim"):
         asked, has = getattr(cfg, name), getattr(ae, name)
@@ -63,12 +77,13 @@ def main() -> None:
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("student", cfg)
-    model = Student(shape)
-    model.ae.load_state_dict(frozen.state_dict())
-    if cfg.init_from:
+    with plan.unreal(cfg):
+        model = Student(shape)
+        model.ae.load_state_dict(frozen.state_dict())
+    if cfg.init_from and not cfg.dry_run:
         setup.run.log("student: " + copy_backbone(model, cfg.init_from))
-    model.to(setup.device)
-    frozen.to(setup.device).requires_grad_(False)
+    plan.place(model, setup.device)
+    plan.place(frozen, setup.device).requires_grad_(False)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
     if cfg.head == "energy":
         setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w, base_w and kd_w are not used")
@@ -102,15 +117,18 @@ def main() -> None:
         model.train()
         return {"energy": float(np.mean(energies))}
 
+    tokens_per_step = cfg.batch_size * model.cfg.context
+    if cfg.dry_run:
+        return plan.show("student", model, cfg, setup, total, tokens_per_step, batch_at, loss)
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_config": as_dict(cfg),
         "distillation": teacher.about() if teacher else None,
     }
-    tokens_per_step = cfg.batch_size * model.cfg.context
     figures = loop.fit("student", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)
-    print(json.dumps(figures))
+    if setup.here.first:
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
