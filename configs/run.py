@@ -202,10 +202,13 @@ def save_checkpoint(path: str | Path, kind: str, content: dict[str, Any], before
             torch.save({"format": FORMAT, "kind": kind, "version": VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError of the file into a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         kept = f"the one saved before is intact: {path}" if path.exists() else "there was none before"
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and cause.__context__:  # torch's zip writer hides it behind errors of its own
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         free = shutil.disk_usage(path.parent).free >> 20
         raise UserError(
             f"cannot write checkpoint {path} ({reason}; {free} MiB free on that disk). No new checkpoint was saved; "
@@ -239,9 +242,11 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist{hint}")
     try:
         with open(path, "rb") as file:
-            # torch.save writes a zip archive with a CRC-32 of each tensor, which torch.load does not compare
-            if part := zipfile.ZipFile(file).testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {part}")
+            # torch.save writes a zip archive with a CRC-32 of each tensor, which torch.load does not compare; and for a part
+            # that a flipped bit has made a folder, it returns memory that nobody wrote
+            archive = zipfile.ZipFile(file)
+            if part := archive.testzip() or next((i.filename for i in archive.infolist() if i.external_attr), None):
+                raise zipfile.BadZipFile(f"wrong checksum or attributes of {part}")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own: a damaged file can end in almost any
