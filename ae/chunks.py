@@ -11,9 +11,7 @@ A packed split is a folder:
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
-
-FORMAT = "latentforge-packed"
-VERSION = 1
+from configs.packed import Packed, id_dtype, write_header
+from configs.run import check_fingerprint
 
 
 class PackedWriter:
@@ -35,7 +33,7 @@ class PackedWriter:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "meta.json").unlink(missing_ok=True)
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.vocab_size, self.dtype = vocab_size, id_dtype(vocab_size)
         self.n_tokens = self.n_docs = 0
         self._tokens = open(self.folder / "tokens.bin", "wb")
         self._docs = open(self.folder / "docs.bin", "wb")
@@ -53,77 +51,31 @@ class PackedWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": self.dtype.name,
-            "n_tokens": self.n_tokens,
-            "n_docs": self.n_docs,
-        }
-        temporary = self.folder / "meta.json.tmp"
-        temporary.write_text(json.dumps({**head, **meta}, indent=1), encoding="utf-8")
-        temporary.replace(self.folder / "meta.json")
+        counts = {"n_tokens": self.n_tokens, "n_docs": self.n_docs, "vocab_size": self.vocab_size}
+        write_header(self.folder, {"dtype": self.dtype.name, **counts, **meta})
 
 
-class PackedData:
-    """A packed split, opened for reading. `tokens` is a read-only memory map, (n_tokens,).
-
-    Raises UserError when the folder is missing, of another format or version, or its files have the wrong size.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"no packed data in {self.folder} (meta.json is missing); write it with tools/data_packing.py"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'meta.json'} cannot be read: {error}") from None
-        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
-            raise UserError(f"{self.folder} is not packed data of this project: expected format {FORMAT!r}")
-        if self.meta.get("version") != VERSION:
-            raise UserError(
-                f"{self.folder}: format version {self.meta.get('version')}, this code reads {VERSION}; pack the data again"
-            )
-        try:
-            dtype: np.dtype = np.dtype({"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]])
-            self.n_tokens, self.n_docs = int(self.meta["n_tokens"]), int(self.meta["n_docs"])
-            self.fingerprint, self.tokenizer_path = str(self.meta["tokenizer_fingerprint"]), str(self.meta["tokenizer"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / 'meta.json'}: missing or wrong field {error}; pack the data again") from None
-        self.tokens = self._map("tokens.bin", dtype, self.n_tokens)
-        self.doc_starts = self._map("docs.bin", np.dtype(np.int64), self.n_docs)
-
-    def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path, expected = self.folder / name, count * dtype.itemsize
-        size = path.stat().st_size if path.exists() else -1
-        if size != expected:
-            found = "is missing" if size < 0 else f"has {size} bytes"
-            raise UserError(f"{path} {found}, expected {expected}: the data is damaged; pack it again")
-        return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+class PackedData(Packed):
+    """A packed split, opened for reading. Raises UserError as `Packed`."""
 
     @classmethod
     def pair(cls, folder: str | Path) -> tuple[PackedData, PackedData]:
         """The train and val splits of a packed folder."""
         return cls(Path(folder) / "train"), cls(Path(folder) / "val")
 
-    @property
-    def tokenizer(self) -> str:
-        """Where the tokenizer is: a folder kept beside the split, or the name it was loaded by."""
-        beside = (self.folder / self.tokenizer_path).resolve()
-        return str(beside) if beside.exists() else self.tokenizer_path
-
     def windows(self, window: int) -> int:
         """How many non-overlapping windows of `window` tokens the split holds."""
         return self.n_tokens // window
+
+    def rows(self, starts: Sequence[int], window: int) -> torch.Tensor:
+        """The windows that begin at these tokens, (len(starts), window) int64."""
+        return torch.from_numpy(self._known(np.stack([self.tokens[s : s + window] for s in starts])).astype(np.int64))
 
     def batches(self, window: int, batch_size: int, limit: int | None = None) -> Iterator[torch.Tensor]:
         """Non-overlapping windows in order, (<= batch_size, window) int64; the tail that fills no window is left out."""
         n = self.windows(window) if limit is None else min(limit, self.windows(window))
         for i in range(0, n, batch_size):
-            rows = self.tokens[i * window : min(i + batch_size, n) * window]
+            rows = self._known(self.tokens[i * window : min(i + batch_size, n) * window])
             yield torch.from_numpy(rows.reshape(-1, window).astype(np.int64))
 
 
@@ -131,14 +83,17 @@ def tokenizer_record(data: PackedData, checkpoint_dir: str | Path) -> dict[str, 
     """What a checkpoint says of its tokenizer: fingerprint and place, after putting a copy beside the checkpoint.
 
     `path` is relative to the checkpoint's folder, so that the folder can be moved as a whole; a hub name stays a name.
+    The copy is made of what was read, as the data may name any folder. Raises UserError where that is another tokenizer.
     """
-    source = Path(data.tokenizer)
-    if not source.is_dir():
+    source = data.tokenizer
+    if not os.path.isdir(source):
         return {"fingerprint": data.fingerprint, "path": data.tokenizer}
-    copy = Path(checkpoint_dir) / f"tokenizer-{data.fingerprint[:12]}"
+    tokenizer = TokenizerAdapter.load(source)
+    check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data.folder), source)
+    copy = Path(checkpoint_dir) / f"tokenizer-{tokenizer.fingerprint[:12]}"
     if not copy.exists():
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-        shutil.copytree(source, temporary)
+        tokenizer.save(temporary)
         temporary.replace(copy)
     return {"fingerprint": data.fingerprint, "path": copy.name}
 
@@ -173,8 +128,7 @@ class TrainWindows:
 
     def batch(self, step: int) -> torch.Tensor:
         """The windows of `step`, (batch_size, window) int64."""
-        rows = np.stack([self.data.tokens[s : s + self.window] for s in self.starts(step)])
-        return torch.from_numpy(rows.astype(np.int64))
+        return self.data.rows(self.starts(step), self.window)
 
 
 @lru_cache(maxsize=4)

@@ -21,10 +21,12 @@ def read_folder(path: str | Path) -> PreTrainedModel:
     if not Path(path).is_dir():
         raise UserError(f"--init_from {path} does not exist: expected a token_model.pt or a folder in transformers' format")
     try:
-        family = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+        family = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).model_type
         if family not in FAMILIES:
             raise UserError(f"--init_from {path} is of family {family!r}, expected one of {', '.join(FAMILIES)}")
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--init_from {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 

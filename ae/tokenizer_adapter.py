@@ -13,16 +13,18 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from configs.errors import UserError
+from configs.files import read_json, read_text
 
 # Parallel here, and not in forked children (data loaders), where the library's threads are gone: it would warn or hang.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -37,10 +39,12 @@ PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 EOT_OF_FINGERPRINT = {"3a334b1a5e4ff4446d77285d3d89f9a3": "<s>"}
 QWEN_SIZES, QWEN_WIDTH = range(151_643, 151_937), 151_936  # entries of Qwen2..Qwen3 tokenizers, width of their models
 WIDTH_MULTIPLE = 64
+LARGEST_VOCABULARY = 1 << 22  # the largest known ones are a quarter of it; ids beyond would take memory without end
 SETTINGS = "latentforge"  # our key in tokenizer_config.json
 GUARD = "\ufdd0\ufdd1"  # two noncharacters, put inside special-token strings that a chat message mentions
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 class TokenizerAdapter:
@@ -63,11 +67,11 @@ class TokenizerAdapter:
         self._added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if not self.size:
-            raise UserError(f"tokenizer {source} has an empty vocabulary")
+        if not 0 < self.size <= LARGEST_VOCABULARY:
+            raise UserError(f"tokenizer {source} has {self.size} entries, expected 1 to {LARGEST_VOCABULARY}")
 
-        settings = self._config.get(SETTINGS) or {}
-        eot = self._first(settings.get("eot_token"), *EOT_NAMES)
+        settings = _expect(dict, self._config.get(SETTINGS), f"{source}: {SETTINGS} of tokenizer_config.json") or {}
+        eot = self._first(_expect(str, settings.get("eot_token"), f"{source}: {SETTINGS}.eot_token"), *EOT_NAMES)
         if eot is None:
             eot = self._first(EOT_OF_FINGERPRINT.get(self.fingerprint), self._name("eos_token"), *EOS_NAMES)
         if eot is None:
@@ -77,8 +81,12 @@ class TokenizerAdapter:
         ends = (self._first(self._name(key)) for key in ("eos_token", "bos_token"))  # a BOS begins another document
         self.stop_ids = frozenset({eot, *(i for i in ends if i is not None)})
 
-        width = settings.get("model_vocab_size") or width
-        if not isinstance(width, int) or width < self.size:
+        width = _expect(int, settings.get("model_vocab_size") or width, f"{source}: the model's vocabulary size") or 0
+        if width > LARGEST_VOCABULARY:
+            raise UserError(
+                f"tokenizer {source}: the model's vocabulary size is {width}, expected at most {LARGEST_VOCABULARY}"
+            )
+        if width < self.size:
             width = QWEN_WIDTH if self.size in QWEN_SIZES else -(-self.size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         self.model_vocab_size = width
 
@@ -88,11 +96,11 @@ class TokenizerAdapter:
 
         Raises UserError when it is not there or cannot be read.
         """
-        path = Path(source).expanduser()
-        if path.is_file():
-            return _from_file(path, str(source))
-        if path.is_dir():
-            return _from_folder(path, str(source))
+        path = os.path.expanduser(source)
+        if os.path.isfile(path):
+            return _from_file(Path(path), str(source))
+        if os.path.isdir(path):
+            return _from_folder(Path(path), str(source))
         return _from_hub(str(source))
 
     @property
@@ -204,7 +212,7 @@ class TokenizerAdapter:
     def _name(self, role: str) -> str | None:
         """What tokenizer_config.json calls e.g. `eos_token`: a string, or an object with `content`."""
         value = self._config.get(role)
-        return value.get("content") if isinstance(value, dict) else value
+        return _expect(str, value.get("content") if isinstance(value, dict) else value, f"{self.source}: {role}")
 
     def _first(self, *names: str | None) -> int | None:
         """Id of the first name that is an entry."""
@@ -303,15 +311,14 @@ def _lean(value: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}")
-    return value
+    return read_json(path) if path.exists() else {}
+
+
+def _expect(kind: type[T], value: Any, what: str) -> T | None:
+    """A setting of a tokenizer's files, which may be left out. Raises UserError for another type."""
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    raise UserError(f"tokenizer {what}: expected {kind.__name__}, got {reprlib.repr(value)}")
 
 
 def _from_file(path: Path, source: str) -> TokenizerAdapter:
@@ -319,19 +326,21 @@ def _from_file(path: Path, source: str) -> TokenizerAdapter:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+        raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {str(error)[:300]}") from None
     if path.name != "tokenizer.json":
         return TokenizerAdapter(tokenizer, {}, None, None, source)
     folder = path.parent
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = read_text(folder / "chat_template.jinja")
     model = _read_json(folder / "config.json")
-    width = model.get("vocab_size") or (model.get("text_config") or {}).get("vocab_size")
-    return TokenizerAdapter(tokenizer, config, template, width, source)
+    inner = _expect(dict, model.get("text_config"), f"{source}: text_config of config.json") or {}
+    template = _expect(str, template, f"{source}: chat_template")
+    return TokenizerAdapter(tokenizer, config, template, model.get("vocab_size") or inner.get("vocab_size"), source)
 
 
 def _from_folder(folder: Path, source: str) -> TokenizerAdapter:
@@ -343,7 +352,7 @@ def _from_folder(folder: Path, source: str) -> TokenizerAdapter:
     from transformers import AutoTokenizer
 
     try:
-        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"transformers cannot read the tokenizer in {folder}: {' '.join(str(error).split())}") from None
     with TemporaryDirectory() as temporary:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -39,10 +38,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, run_cli
+from configs.packed import Packed, id_dtype, write_header
 from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
 from kd.store import Store, StoredAnswer
 
-FORMAT, VERSION = "latentforge-packed", 1  # those of ae/chunks.py
 KINDS = ("logprobs", "sequence")
 FILES = ("tokens.bin", "docs.bin", "top_ids.bin", "top_logprobs.bin")
 DEFAULT_K = 20
@@ -65,8 +64,7 @@ class KDWriter:
         self.folder, self.k, self.vocab_size = Path(folder), k, vocab_size
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "meta.json").unlink(missing_ok=True)
-        self.dtype: np.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.top_dtype: np.dtype = np.dtype(np.uint16 if vocab_size < 1 << 16 else np.uint32)
+        self.dtype, self.top_dtype = id_dtype(vocab_size), id_dtype(vocab_size + 1)  # one more for "missing"
         self.n_tokens = self.n_docs = self.n_scored = 0
         self._files = {name: open(self.folder / name, "wb") for name in FILES}
 
@@ -104,8 +102,6 @@ class KDWriter:
             for name in FILES[2:]:
                 (self.folder / name).unlink()
         head = {
-            "format": FORMAT,
-            "version": VERSION,
             "dtype": self.dtype.name,
             "n_tokens": self.n_tokens,
             "n_docs": self.n_docs,
@@ -115,43 +111,29 @@ class KDWriter:
             "kd_dtype": self.top_dtype.name,
             "kd_scored": self.n_scored,
         }
-        temporary = self.folder / "meta.json.tmp"
-        temporary.write_text(json.dumps({**head, **meta}, indent=1), encoding="utf-8")
-        temporary.replace(self.folder / "meta.json")
+        write_header(self.folder, {**head, **meta})
 
 
-class KDShard:
-    """A shard, opened for reading: `tokens` (n_tokens,), `top_ids` and `top_logprobs` (n_tokens, k) are memory maps.
+class KDShard(Packed):
+    """A shard, opened for reading: also `top_ids` and `top_logprobs`, (n_tokens, k), are read-only memory maps.
 
-    Raises UserError when the folder is missing, without teacher's rows, of another format or version, or damaged.
+    Raises UserError as `Packed`, and where there are no teacher's rows.
     """
 
+    ABSENT = "no shard in {} (meta.json is missing); harvest and pack the teacher's answers"
+    AGAIN = "pack the answers again"
+
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"no shard in {self.folder} (meta.json is missing); harvest and pack the teacher's answers"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'meta.json'} cannot be read: {error}") from None
-        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
-            raise UserError(f"{self.folder} is not packed data of this project: expected format {FORMAT!r}")
-        if self.meta.get("version") != VERSION:
-            raise UserError(
-                f"{self.folder}: format version {self.meta.get('version')}, this code reads {VERSION}; pack the answers again"
-            )
+        super().__init__(folder)
         if self.meta.get("kd_kind") not in KINDS:
             raise UserError(f"{self.folder} is packed text without a teacher's rows; expected a shard of kd/kd_batcher.py")
-        dtypes: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}
-        try:
-            dtype, self._top_dtype = dtypes[self.meta["dtype"]], dtypes[self.meta["kd_dtype"]]
-            self.n_tokens, self.n_docs, self.k = (int(self.meta[key]) for key in ("n_tokens", "n_docs", "kd_k"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / 'meta.json'}: missing or wrong field {error}; pack the answers again") from None
-        self.tokens = self._map("tokens.bin", dtype, (self.n_tokens,))
-        self.doc_starts = self._map("docs.bin", np.dtype(np.int64), (self.n_docs,))
+        soft = self.kind == "logprobs"
+        self.k = self._field("kd_k", lambda k: type(k) is int and soft <= k <= soft * self.vocab_size, "as kd_kind wants it")
+        self.scored = self._count("kd_scored", self.n_tokens)
+        self.teacher = self._field(
+            "teacher", lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names), "a list of names"
+        )
+        self._top_dtype = self._dtype("kd_dtype", self.vocab_size + 1)
         self.top_ids = self._map("top_ids.bin", self._top_dtype, (self.n_tokens, self.k))
         self.top_logprobs = self._map("top_logprobs.bin", np.dtype(np.float16), (self.n_tokens, self.k))
 
@@ -160,26 +142,19 @@ class KDShard:
         """ "logprobs" or "sequence"."""
         return self.meta["kd_kind"]
 
-    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        expected = int(np.prod(shape)) * dtype.itemsize
-        if not expected:
-            return np.empty(shape, dtype)
-        path = self.folder / name
-        size = path.stat().st_size if path.exists() else -1
-        if size != expected:
-            found = "is missing" if size < 0 else f"has {size} bytes"
-            raise UserError(f"{path} {found}, expected {expected}: the shard is damaged; pack the answers again")
-        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
-
     def windows(self, starts: Iterable[int], window: int) -> tuple[Tensor, Tensor, Tensor]:
         """The windows that begin at these tokens, as `PackedData.tokens` counts them.
 
         Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32.
+        Raises UserError for what cannot have been written.
         """
         spans = [slice(start, start + window) for start in starts]
         tokens, ids, logprobs = (np.stack([x[span] for span in spans]) for x in (self.tokens, self.top_ids, self.top_logprobs))
-        wide = ids.astype(np.int64)
-        wide[ids == np.iinfo(self._top_dtype).max] = MISSING
+        told = ids != np.iinfo(self._top_dtype).max
+        self._known(tokens), self._known(ids[told])
+        if not (np.isfinite(logprobs) & (logprobs <= 0))[told].all():
+            raise self._damaged("top_logprobs.bin holds what is no logprob")
+        wide = np.where(told, ids, np.int64(MISSING))
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(wide), torch.from_numpy(logprobs.astype(np.float32))
 
 

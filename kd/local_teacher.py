@@ -45,6 +45,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from starlette.exceptions import HTTPException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -419,9 +420,12 @@ def load_teacher(cfg: ServeConfig) -> Teacher:
         raise UserError("--model is missing: a folder or hub name of a transformers causal language model")
     device = pick_device(cfg.device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=cfg.dtype).to(device)  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        # safetensors alone, and none of the model's own code: neither pickles nor programs of strangers run here
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=cfg.dtype, use_safetensors=True, trust_remote_code=False
+        ).to(device)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"--model {cfg.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {cfg.model}: its tokenizer has no fast version (tokenizer.json), which this server needs")

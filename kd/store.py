@@ -27,6 +27,7 @@ APPLICATION_ID = 0x4C464B44  # "LFKD", in SQLite's header: says whose file this 
 VERSION = 1
 PATIENCE_S = 60.0  # how long to wait for another process's transaction
 PAGE = 64  # rows read at once
+LARGEST = 64 << 20  # bytes of a request or an answer, unpacked
 SCHEMA = """CREATE TABLE answers (
     key BLOB PRIMARY KEY, model TEXT NOT NULL, template INTEGER NOT NULL, request BLOB NOT NULL, prompt_ids BLOB,
     answer BLOB NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,
@@ -61,6 +62,33 @@ class StoredAnswer:
     created: float
 
 
+def _unpacked(
+    key: bytes, model: str, template: int, request: bytes, prompt: bytes | None, answer: bytes, *figures: Any
+) -> StoredAnswer:
+    """A row of the table, whose columns take values of any type. Raises ValueError and zlib.error for what nobody stored."""
+    if not isinstance(model, str) or not isinstance(template, int):
+        raise ValueError("its model or template is none")
+    if not all(isinstance(x, bytes) for x in (request, answer, b"" if prompt is None else prompt)):
+        raise ValueError("what should be compressed is not")
+    body, told, ids = (None if packed is None else _json(packed) for packed in (request, answer, prompt))
+    if not isinstance(body, dict) or not isinstance(told, dict) or key != request_key(model, body, template):
+        raise ValueError("it is not what its key says")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)):
+        raise ValueError("its prompt is no list of token ids")
+    if [type(x) for x in figures] != [int, int, float, float] or min(figures) < 0:
+        raise ValueError("a count or a cost is no number")
+    return StoredAnswer(key, model, template, body, ids, told, *figures)
+
+
+def _json(packed: bytes) -> Any:
+    """Compressed JSON; no more than LARGEST bytes of it, however small it is packed."""
+    stream = zlib.decompressobj()
+    raw = stream.decompress(packed, LARGEST)
+    if not stream.eof:
+        raise ValueError(f"cut short, or more than {LARGEST >> 20} MiB")
+    return json.loads(raw)
+
+
 @dataclass(frozen=True)
 class Totals:
     """Sums over a store; `cost` in dollars."""
@@ -72,8 +100,9 @@ class Totals:
 
 
 class Store:
-    """The store in `path`, made there if it is missing (unless `must_exist`). Close it, or use it in `with`.
+    """The store in `path`, made there if it is missing. Close it, or use it in `with`.
 
+    With `must_exist` it is only read: neither made, nor laid out where the file is empty, nor changed.
     Every method raises UserError for a file that is damaged, foreign, of another version, locked for long or on a full disk.
     """
 
@@ -87,18 +116,20 @@ class Store:
         with self._errors():
             self._db = sqlite3.connect(self.path, timeout=PATIENCE_S, check_same_thread=False, isolation_level=None)
             try:
-                self._open()
+                self._open(must_exist)
             except BaseException:
                 self._db.close()
                 raise
 
-    def _open(self) -> None:
+    def _open(self, only_read: bool) -> None:
         """Check whose file it is; lay out a new one, in one transaction, as several processes may do it at once."""
-        self._db.execute("BEGIN IMMEDIATE")
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db.execute("PRAGMA cell_size_check = ON")
+        self._db.execute(f"PRAGMA query_only = {only_read:d}")
+        self._db.execute("BEGIN" if only_read else "BEGIN IMMEDIATE")
+        tables = self._db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         ours = self._db.execute("PRAGMA application_id").fetchone()[0]
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if not tables and not ours:
+        if not tables and not ours and not only_read:
             self._db.execute(SCHEMA)
             self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._db.execute(f"PRAGMA user_version = {VERSION}")
@@ -108,7 +139,11 @@ class Store:
             raise UserError(
                 f"{self.path} has format version {version}, this code reads {VERSION}; harvest into another --store"
             )
+        elif tables != [(SCHEMA,)]:  # a view or a trigger would be somebody's program
+            raise sqlite3.DatabaseError("its tables are not those of a teacher store")
         self._db.execute("COMMIT")
+        if only_read:
+            return
         self._db.execute("PRAGMA synchronous = FULL")
         deadline = time.monotonic() + PATIENCE_S
         while True:  # the switch itself does not wait for another process's lock
@@ -130,7 +165,7 @@ class Store:
                 f"teacher store {self.path}: {error}. What was stored before is intact; look for a full disk, a folder that "
                 "cannot be written, or another program that holds the file"
             ) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: its message quotes damaged names
             raise UserError(
                 f"{self.path} is damaged or no SQLite file ({error}). Move it away, or save what can be read with "
                 f"`sqlite3 {self.path} .recover`"
@@ -171,6 +206,8 @@ class Store:
         """The completion tokens of the answer with this key; None where there is none."""
         with self._errors(), self._lock:
             row = self._db.execute("SELECT completion_tokens FROM answers WHERE key = ?", (key,)).fetchone()
+            if row is not None and not isinstance(row[0], int):
+                raise sqlite3.DatabaseError("a count of tokens is no number")
         return None if row is None else row[0]
 
     def __contains__(self, key: bytes) -> bool:
@@ -196,13 +233,11 @@ class Store:
         return map(self._unpack, self._rows())
 
     def _unpack(self, row: tuple[Any, ...]) -> StoredAnswer:
-        key, model, template, request, prompt, answer, *figures = row
         try:
-            ids = None if prompt is None else json.loads(zlib.decompress(prompt))
-            bodies = [json.loads(zlib.decompress(packed)) for packed in (request, answer)]
-        except (zlib.error, ValueError) as error:
-            raise UserError(f"{self.path}: the answer {key.hex()} is damaged ({error})") from None
-        return StoredAnswer(key, model, template, bodies[0], ids, bodies[1], *figures)
+            return _unpacked(*row)
+        except (zlib.error, ValueError, RecursionError) as error:
+            name = row[0].hex()[:32] if isinstance(row[0], bytes) else str(row[0])[:32]
+            raise UserError(f"{self.path}: the answer {name} is damaged ({error})") from None
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         last = 0
@@ -212,8 +247,10 @@ class Store:
                 rows = self._db.execute(query, (last,)).fetchall()
             if not rows:
                 return
-            last = rows[-1][0]
             for row in rows:
+                if row[0] <= last:
+                    raise UserError(f"{self.path} is damaged: its rows are out of order")  # else this might never end
+                last = row[0]
                 yield row[1:]
 
     def merge(self, other: Store) -> int:
@@ -231,7 +268,7 @@ class Store:
     def models(self) -> set[str]:
         """The teachers whose answers are here: one, as a rule."""
         with self._errors(), self._lock:
-            return {model for (model,) in self._db.execute("SELECT DISTINCT model FROM answers")}
+            return {model for (model,) in self._db.execute("SELECT DISTINCT CAST(model AS TEXT) FROM answers")}
 
     def check(self) -> None:
         """Raise UserError where SQLite's own structure of the file is damaged."""

@@ -93,7 +93,7 @@ def test_reconstruction_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     writer = PackedWriter(tmp_path, 50)
     tokens = np.random.default_rng(0).integers(1, 50, 43)
     writer.add(tokens)
-    writer.close(tokenizer_fingerprint="", tokenizer="x", vocab_size=50)
+    writer.close(tokenizer_fingerprint="f", tokenizer="x", eot_id=0, pad_id=1)
     model = make_ae()
     truth = torch.from_numpy(tokens[:40].reshape(10, 4))
     said = truth.clone()
@@ -108,7 +108,7 @@ def test_reconstruction_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_dead_dimensions_and_posterior_scale(tmp_path: Path) -> None:
     writer = PackedWriter(tmp_path, 50)
     writer.add(np.random.default_rng(0).integers(0, 50, 400))
-    writer.close(tokenizer_fingerprint="", tokenizer="x", vocab_size=50)
+    writer.close(tokenizer_fingerprint="f", tokenizer="x", eot_id=0, pad_id=1)
     model = make_ae()
     with torch.no_grad():
         model.encoder.head.weight[:3] = 0  # these means do not depend on the chunk
@@ -153,7 +153,7 @@ def test_a_real_vocabulary_fits_in_8_gb(tmp_path: Path) -> None:
     for split in ("train", "val"):
         writer = PackedWriter(tmp_path / "data" / split, 151_936)
         writer.add(np.random.default_rng(0).integers(0, 151_669, 2048))
-        writer.close(tokenizer_fingerprint="q", tokenizer="Qwen/Qwen3-0.6B", vocab_size=151_936)
+        writer.close(tokenizer_fingerprint="q", tokenizer="Qwen/Qwen3-0.6B", eot_id=0, pad_id=1)
     flags = [
         "--data",
         str(tmp_path / "data"),

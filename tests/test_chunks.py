@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import World
 
 from ae.chunks import PackedData, PackedWriter, TrainWindows, permuted, tokenizer_record
+from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 
-META = {"tokenizer_fingerprint": "f" * 32, "tokenizer": "../tokenizer", "vocab_size": 100}
+META = {"tokenizer_fingerprint": "f" * 32, "tokenizer": "../tokenizer", "eot_id": 0, "pad_id": 1}
 
 
 @pytest.fixture
@@ -82,6 +84,8 @@ def damage(folder: Path, what: str) -> None:
         (folder / "meta.json").write_text("{")
     elif what == "short":
         (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
+    elif what == "docs":
+        (folder / "docs.bin").write_bytes(np.arange(12, -1, -1, dtype=np.int64).tobytes())
     elif what == "no docs":
         (folder / "docs.bin").unlink()
     else:
@@ -95,10 +99,16 @@ def damage(folder: Path, what: str) -> None:
         ("not json", "cannot be read"),
         ("short", "has 181 bytes, expected 182"),
         ("no docs", "is missing, expected 104"),
+        ("docs", "does not say where documents begin"),
         ('{"format": "x"}', "not packed data of this project"),
         ('{"version": 99}', "format version 99"),
-        ('{"dtype": "float64"}', "missing or wrong field"),
-        ('{"n_tokens": "many"}', "missing or wrong field"),
+        ('{"dtype": "float64"}', "expected dtype to be uint16, as vocab_size 100 wants it, got 'float64'"),
+        ('{"n_tokens": "many"}', "expected n_tokens to be a whole number from 0"),
+        ('{"n_tokens": 1152921504606846976}', "has 182 bytes, expected 2305843009213693952"),
+        ('{"n_docs": -1}', "expected n_docs to be a whole number from 0"),
+        ('{"pad_id": 100}', "expected pad_id to be a whole number from 0 to 99, got 100"),
+        ('{"eot_id": null}', "expected eot_id"),
+        ('{"tokenizer": ["/"]}', "expected tokenizer to be a text"),
     ],
 )
 def test_damaged_data_is_refused(data: PackedData, what: str, message: str) -> None:
@@ -112,10 +122,27 @@ def test_too_few_tokens(data: PackedData) -> None:
         TrainWindows(data, 64, 1, 0)
 
 
-def test_the_tokenizer_travels_with_the_checkpoint(data: PackedData, tmp_path: Path) -> None:
+def test_a_token_outside_the_vocabulary_is_told_when_it_is_read(data: PackedData) -> None:
+    raw = bytearray((data.folder / "tokens.bin").read_bytes())
+    raw[2 * 40 + 1] = 1  # token 40 is 296 now
+    (data.folder / "tokens.bin").write_bytes(raw)
+    damaged = PackedData(data.folder)
+    for read in (lambda: list(damaged.batches(10, 4)), lambda: TrainWindows(damaged, 8, 11, 0).batch(0)):
+        with pytest.raises(UserError, match="token id 296, outside the vocabulary of 100"):
+            read()
+
+
+def test_the_tokenizer_travels_with_the_checkpoint(
+    data: PackedData, tokenizer: TokenizerAdapter, packed: World, tmp_path: Path
+) -> None:
     assert tokenizer_record(data, tmp_path / "ck") == {"fingerprint": "f" * 32, "path": "../tokenizer"}  # a name, no folder
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    shutil.copytree(packed.root / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="another tokenizer"):
+        tokenizer_record(data, tmp_path / "ck")
+    damage(data.folder, json.dumps({"tokenizer_fingerprint": tokenizer.fingerprint}))
+    (tmp_path / "tokenizer" / "diary.txt").write_text("private")
     record = tokenizer_record(PackedData(data.folder), tmp_path / "ck")
     shutil.rmtree(tmp_path / "tokenizer")
-    assert (tmp_path / "ck" / record["path"] / "tokenizer.json").read_text() == "{}"
+    assert TokenizerAdapter.load(tmp_path / "ck" / record["path"]).fingerprint == record["fingerprint"]
+    names = {path.name for path in (tmp_path / "ck" / record["path"]).iterdir()}
+    assert names <= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # what is a tokenizer's, no more

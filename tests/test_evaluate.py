@@ -19,7 +19,7 @@ from kd.kd_batcher import KDWriter
 from tools import evaluate
 from tools.metrics import BUCKETS, MeanBy, bucket, gaps, places, word_of
 
-META = {"tokenizer_fingerprint": "f", "tokenizer": "t", "vocab_size": 320, "eot_id": 0, "pad_id": 1}
+META = {"tokenizer_fingerprint": "f", "tokenizer": "t", "eot_id": 0, "pad_id": 1, "teacher": ["t"]}
 
 
 def split(folder: Path, *documents: list[int]) -> PackedData:

@@ -16,6 +16,8 @@ from kd.kd_batcher import KDShard, KDWriter, document, pack_answers
 from kd.records import MISSING, TeacherRecord
 from kd.store import Store, StoredAnswer
 
+META = {"tokenizer_fingerprint": "f", "tokenizer": "t", "eot_id": 0, "pad_id": 1, "teacher": ["m"]}
+
 
 def tops(*rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Top ids, and logprobs -1, -2, ... for those that are known."""
@@ -27,7 +29,7 @@ def write(folder: Path, vocab_size: int = 100, k: int = 2) -> None:
     writer = KDWriter(folder, vocab_size, k)
     writer.add(np.array([5, 6, 0]), *tops([MISSING, MISSING, MISSING], [6, 7, 8], [0, 9, MISSING]))
     writer.add(np.array([7, 0]), *tops([7], [MISSING]))
-    writer.close(tokenizer_fingerprint="f", tokenizer="t")
+    writer.close(**META)
 
 
 @pytest.mark.parametrize(("vocab_size", "bytes_a_token"), [(100, 2 + 4 * 2), (65_536, 2 + 6 * 2), (151_936, 4 + 6 * 2)])
@@ -51,7 +53,7 @@ def test_float16_keeps_what_it_says(tmp_path: Path) -> None:
     logprobs = -np.geomspace(1e-4, 12, 50, dtype=np.float32)[:, None]
     writer = KDWriter(tmp_path, 100, 1)
     writer.add(np.zeros(50, dtype=np.int64), np.zeros((50, 1), dtype=np.int64), logprobs)
-    writer.close()
+    writer.close(**META)
     kept = KDShard(tmp_path).windows([0], 50)[2][0].numpy()
     assert np.abs(kept - logprobs)[(logprobs > -1) & (logprobs < -0.5)].max() < 2.5e-4
     assert np.abs(kept - logprobs).max() < 0.004
@@ -60,7 +62,7 @@ def test_float16_keeps_what_it_says(tmp_path: Path) -> None:
 def test_a_teacher_without_logprobs_gives_a_sequence_shard(tmp_path: Path) -> None:
     writer = KDWriter(tmp_path, 100)
     writer.add(np.array([5, 0]), *tops([], []))
-    writer.close()
+    writer.close(**META)
     shard = KDShard(tmp_path)
     assert (shard.kind, shard.k) == ("sequence", 0)
     assert shard.windows([0], 2)[1].shape == (1, 2, 0)
@@ -90,13 +92,34 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (tmp_path / "top_ids.bin").unlink()
     expect("top_ids.bin is missing")
     damage(tmp_path, kd_dtype="int8")
-    expect("missing or wrong field")
+    expect("expected kd_dtype to be uint16")
+    damage(tmp_path, kd_k=1 << 62)  # 2^62 times 5 tokens times 2 bytes overflow 64 bits
+    expect("expected kd_k")
+    damage(tmp_path, kd_k=2, teacher="m")
+    expect("expected teacher to be a list of names")
     damage(tmp_path, kd_kind=None)
     expect("without a teacher's rows")
     damage(tmp_path, version=2)
     expect("format version 2")
     (tmp_path / "meta.json").write_text("[]")
-    expect("not packed data")
+    expect("expected a JSON object, got a list")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokens.bin", np.full(5, 100, np.uint16), "token id 100, outside the vocabulary of 100"),
+        ("top_ids.bin", np.full((5, 2), 65_534, np.uint16), "token id 65534, outside"),
+        ("top_logprobs.bin", np.full((5, 2), np.nan, np.float16), "no logprob"),
+        ("top_logprobs.bin", np.full((5, 2), 0.5, np.float16), "no logprob"),
+    ],
+)
+def test_damaged_rows_are_told_when_they_are_read(tmp_path: Path, name: str, content: np.ndarray, message: str) -> None:
+    write(tmp_path)
+    (tmp_path / name).write_bytes(content.tobytes())
+    shard = KDShard(tmp_path)
+    with pytest.raises(UserError, match=message):
+        shard.windows([0], 5)
 
 
 def record(prompt: list[int], sampled: list[int], rows: np.ndarray, logprobs: np.ndarray) -> TeacherRecord:
