@@ -8,12 +8,17 @@ Legend: `N` samples of the model, `M` samples of the target, `D` latent width, `
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.errors import UserError
+
 MODEL_SAMPLES, TARGET_SAMPLES = 8, 100  # N and M of the paper
 NOISE_DIM = 64
+CANDIDATES = 200  # chunks drawn to sharpen one from, as CALM's generation does
 
 
 class _Block(nn.Module):
@@ -60,3 +65,28 @@ def energy_loss(samples: Tensor, targets: Tensor) -> Tensor:
     fit = torch.stack([(targets - z).norm(dim=-1).mean(0) for z in samples]).mean(0)
     pairs = [(samples[i] - samples[j]).norm(dim=-1) for i in range(n) for j in range(i)]
     return 2 * fit - torch.stack(pairs).mean(0)
+
+
+def copies_for(temperature: float) -> int:
+    """n = 1 / temperature. Raises UserError where that is no whole number: there is no likelihood to divide."""
+    n = round(1 / temperature) if temperature > 0 else 0
+    if not 1 <= n <= CANDIDATES or abs(1 / temperature - n) > 0.02 * n:
+        raise UserError(
+            f"the energy head has no likelihood to sharpen: expected temperature 1, 0.5, 0.33 or another 1/n, got {temperature}"
+        )
+    return n
+
+
+def sharpened(chunks: Tensor, n: int, uniform: float) -> int:
+    """Which of the sampled chunks (N, K) to take so that a chunk of probability p comes with about p^n (CALM, algorithm 2).
+
+    Of N draws, a chunk that came c times makes C(c, n) of the sets of n draws that agree. Where no n agree, it is asked for
+    n - 1, and so on; with N without bound this becomes exact. uniform: in [0, 1), the random number that chooses.
+    """
+    distinct, counts = torch.unique(chunks, dim=0, return_counts=True)
+    for needed in range(n, 0, -1):
+        weight = torch.tensor([float(math.comb(int(count), needed)) for count in counts], dtype=torch.double)
+        if (total := weight.sum()) > 0:
+            chosen = distinct[int((weight.cumsum(0) <= uniform * total).sum())]
+            return int((chunks == chosen).all(-1).int().argmax())
+    raise AssertionError("one draw agrees with itself")

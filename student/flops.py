@@ -113,9 +113,8 @@ def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
         return 3 * (sum(parts.values()) + train.use_kd * parts["vocabulary"])
     assert isinstance(train, StudentTrainConfig)
     encoder = encoder_flops(cfg.ae)
-    if cfg.head == "energy":  # its autoencoder is frozen, and a frozen one gives the targets
-        own = encoder * (cfg.seq_len - 1) / cfg.seq_len
-        return 3 * (sum(parts.values()) - own) + own + encoder
+    if cfg.head == "energy":  # a frozen autoencoder gives the targets
+        return 3 * sum(parts.values()) + encoder
     products = (train.base_w > 0) + train.use_kd
     frozen = encoder if train.mse_w > 0 and cfg.latents == "on" else 0.0
     return 3 * (sum(parts.values()) + products * parts["vocabulary"]) + frozen

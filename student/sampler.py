@@ -9,6 +9,7 @@ Legend: `B` rows, `L` chunks of the longest prompt, `K` tokens a chunk, `E` embe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ae.ae_model import load_ae
 from ae.tokenizer_adapter import TokenizerAdapter, Utf8Stream
 from configs.errors import UserError
 from configs.run import check_fingerprint
-from student.energy import NOISE_DIM, EnergyHead
+from student.energy import CANDIDATES, NOISE_DIM, EnergyHead, copies_for, sharpened
 from student.local_decoder import LocalCache
 from student.student_model import Student, load_student
 
@@ -187,8 +188,8 @@ class Sampler:
         """Continue every prompt (token ids), yielding each row's chunk as soon as its latent step is done."""
         for prompt in prompts:
             self.check(prompt, params.max_new_tokens)
-        if isinstance(getattr(self.model, "exit", None), EnergyHead) and params.temperature != 1:
-            raise UserError(f"the energy head has no likelihood to sharpen: expected temperature 1, got {params.temperature}")
+        if isinstance(getattr(self.model, "exit", None), EnergyHead):
+            copies_for(params.temperature)
         state = self._prefill(prompts)
         rows = [self.new_row(i, params.for_row(i)) for i in range(len(prompts))]
         while rows:
@@ -260,18 +261,12 @@ class Sampler:
     def _write_chunk(self, state: _State, rows: list[Row], params: SamplingParams) -> Tensor:
         """The next K tokens of every row, (B, K)."""
         model, k, device = self.model, self.cfg.k, self.never.device
-        if state.h is None:
-            z_hat = model.table.new_zeros(len(rows), self.cfg.latent_dim)
-        elif isinstance(model.exit, EnergyHead):
-            z_hat = model.exit(
-                state.h, torch.stack([torch.rand(NOISE_DIM, generator=row.generator) for row in rows]).to(device)
-            )
-        else:
-            z_hat = model.exit(state.h)
+        if isinstance(getattr(model, "exit", None), EnergyHead):
+            assert state.h is not None
+            return torch.stack([self._sharpened(h, row) for h, row in zip(state.h, rows, strict=True)])
+        z_hat = model.table.new_zeros(len(rows), self.cfg.latent_dim) if state.h is None else model.exit(state.h)
         g = model.ae.decode(z_hat)  # (B, K, E)
         uniform = torch.stack([torch.rand(k, generator=row.generator) for row in rows]).to(device)  # (B, K)
-        if isinstance(getattr(model, "exit", None), EnergyHead):
-            return model.ae.logits(g).masked_fill(self.never, -torch.inf).argmax(-1)
         if model.local is not None and self.cfg.local_decoder == "restart":
             state.local, state.previous = model.local.empty(len(rows), g), torch.full_like(state.previous, self.cfg.pad_id)
         tokens = []
@@ -283,6 +278,14 @@ class Sampler:
             state.previous = pick(logits, params, uniform[:, j])
             tokens.append(state.previous)
         return torch.stack(tokens, dim=1)
+
+    def _sharpened(self, h: Tensor, row: Row) -> Tensor:
+        """The next chunk (K,) of an energy head's row at h (H,): one draw, or, below temperature 1, one of many."""
+        n = copies_for(row.params.temperature)
+        noise = torch.rand(CANDIDATES if n > 1 else 1, NOISE_DIM, generator=row.generator).to(h.device)
+        z = self.model.exit(h.expand(len(noise), -1), noise.to(h.dtype))  # (N, D)
+        chunks = self.model.ae.logits(self.model.ae.decode(z)).masked_fill(self.never, -torch.inf).argmax(-1)  # (N, K)
+        return chunks[sharpened(chunks, n, torch.rand((), generator=row.generator).item()) if n > 1 else 0]
 
     def _advance(self, state: _State, tokens: Tensor) -> None:
         """Feed the chunk just written, (B, K), to the backbone: one step."""
@@ -321,6 +324,6 @@ def load_sampler(student: str | Path, ae: str | Path | None = None, device: torc
 def checkpoint_tokenizer(record: dict[str, str], checkpoint: str | Path) -> TokenizerAdapter:
     """The tokenizer that a checkpoint names: beside it, or by the name it was loaded from. Raises UserError for another one."""
     beside = Path(checkpoint).parent / record["path"]
-    tokenizer = TokenizerAdapter.load(beside if beside.exists() else record["path"])
+    tokenizer = TokenizerAdapter.load(beside if os.path.exists(beside) else record["path"])
     check_fingerprint(tokenizer.fingerprint, record["fingerprint"], f"the tokenizer {tokenizer.source}", str(checkpoint))
     return tokenizer

@@ -197,7 +197,7 @@ def test_impossible_settings(change: dict[str, Any]) -> None:
         SamplingParams(**change)
 
 
-def test_the_energy_head_samples_at_temperature_one() -> None:
+def test_the_energy_head_samples_at_temperature_one_over_n() -> None:
     sample = sampler(make_student(head="energy"))
     params = SamplingParams(max_new_tokens=8, temperature=1, ignore_eot=True)
     one, two = (
@@ -205,8 +205,11 @@ def test_the_energy_head_samples_at_temperature_one() -> None:
         sample.generate([PROMPTS[1]], SamplingParams(max_new_tokens=8, temperature=1, seed=1, ignore_eot=True)),
     )
     assert [len(out.token_ids) for out in one] == [8] * 4 and one[1] == two[0]
-    with pytest.raises(UserError, match="expected temperature 1"):
-        sample.generate(PROMPTS, SamplingParams(max_new_tokens=8))
+    half = SamplingParams(max_new_tokens=8, temperature=0.5, ignore_eot=True)
+    assert sample.generate(PROMPTS, half) == sample.generate(PROMPTS, half)
+    for temperature in (0.0, 0.8, 1.5):
+        with pytest.raises(UserError, match=r"expected temperature 1, 0\.5, 0\.33"):
+            sample.generate(PROMPTS, SamplingParams(max_new_tokens=8, temperature=temperature))
 
 
 def test_from_a_checkpoint(world: World) -> None:

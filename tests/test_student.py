@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import make_ae, make_student, make_token_model, student_config
 
 from configs.errors import UserError
-from student.energy import EnergyHead, energy_loss
+from student.energy import EnergyHead, energy_loss, sharpened
 from student.losses import student_energy_loss, student_loss
 from student.student_model import Student
 from student.train_student import pad_left
@@ -145,6 +145,32 @@ def test_energy_loss_against_loops() -> None:
         assert loss[row].item() == pytest.approx(2 * fit - sum(pairs) / len(pairs), rel=1e-5)
 
 
+def test_a_sharpened_draw_counts_the_sets_that_agree() -> None:
+    """Chunk a came 4 times, b 3 times, c once: of 8 draws 6 pairs are of a and 3 of b; 4 triples of a and 1 of b; none of 5."""
+    a, b, c = [1, 2], [1, 3], [7, 7]
+    chunks = torch.tensor([a, b, a, c, b, a, b, a])
+
+    def share(n: int) -> dict[str, int]:
+        taken = [chunks[sharpened(chunks, n, (i + 0.5) / 360)].tolist() for i in range(360)]
+        return {name: taken.count(chunk) for name, chunk in (("a", a), ("b", b), ("c", c))}
+
+    assert share(1) == {"a": 180, "b": 135, "c": 45}
+    assert share(2) == {"a": 240, "b": 120, "c": 0}
+    assert share(3) == {"a": 288, "b": 72, "c": 0}
+    assert share(4) == share(5) == {"a": 360, "b": 0, "c": 0}
+
+
+def test_sharpened_draws_follow_the_power_of_the_distribution() -> None:
+    """p^2 normalised, for p = (0.5, 0.3, 0.2): 1,000 times from 200 draws, 4 standard deviations."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
+    taken = torch.zeros(3)
+    for _ in range(1000):
+        draws = torch.multinomial(p, 200, replacement=True)[:, None].expand(-1, 4)
+        taken[draws[sharpened(draws, 2, torch.rand(()).item()), 0]] += 1
+    expected = p.square() / p.square().sum()
+    assert ((taken / 1000 - expected).abs() < 4 * (expected * (1 - expected) / 1000).sqrt()).all()
+
+
 def test_energy_score_is_proper() -> None:
     """In expectation it is smallest for samples of the target's own distribution (alpha = 1, Szekely 2003)."""
     scores = []
@@ -154,11 +180,11 @@ def test_energy_score_is_proper() -> None:
     assert min(scores) == scores[0]
 
 
-def test_the_energy_head_learns_and_leaves_the_autoencoder_alone() -> None:
+def test_the_energy_head_learns_and_leaves_the_decoder_alone() -> None:
     model = Student(student_config(head="energy"))
     assert isinstance(model.exit, EnergyHead)
     frozen = make_ae(vocab_size=320, latent_dim=8, embed_dim=16)
-    before = {name: p.clone() for name, p in model.ae.state_dict().items()}
+    before = {name: p.clone() for name, p in model.ae.state_dict().items() if not name.startswith("encoder")}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     tokens = torch.randint(320, (4, 32))
     history = []
@@ -169,7 +195,7 @@ def test_the_energy_head_learns_and_leaves_the_autoencoder_alone() -> None:
         optimizer.zero_grad()
         history.append(loss.item())
     assert sum(history[-5:]) < 0.9 * sum(history[:5])  # the posterior's own spread (std 1 in a fresh autoencoder) stays
-    assert all(torch.equal(before[name], p) for name, p in model.ae.state_dict().items())
+    assert all(torch.equal(value, model.ae.state_dict()[name]) for name, value in before.items())
     with pytest.raises(UserError, match="no likelihood"):
         model.nll(tokens)
 

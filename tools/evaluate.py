@@ -176,14 +176,18 @@ def evaluate(
 
 
 @torch.inference_mode()
-def evaluate_energy(model: Student, data: PackedData, limit: int | None, device: torch.device) -> dict[str, Any]:
-    """What can be measured of a head without likelihood: BrierLM from the chunk start, by two samples a chunk."""
+def evaluate_energy(model: Student, data: PackedData, limit: int | None, device: torch.device, first: int) -> dict[str, Any]:
+    """What can be measured of a head without likelihood: BrierLM from the chunk start, by two samples a chunk.
+
+    first: tokens at a window's start that are not scored, a multiple of K.
+    """
+    skipped = first // model.cfg.k
     torch.manual_seed(0)
     samples: list[Tensor] = []
     for tokens in data.batches(model.cfg.context, BATCH, limit):
-        h = model.backbone_states(tokens.to(device))[:, 1:]  # (B, L-1, H)
+        h = model.backbone_states(tokens.to(device))[:, skipped:]  # (B, L - skipped, H)
         two = [model.ae.logits(model.ae.decode(model.exit(h))).argmax(-1).cpu() for _ in range(2)]
-        samples.append(torch.stack([*two, tokens.unflatten(1, (-1, model.cfg.k))[:, 1:]]))
+        samples.append(torch.stack([*two, tokens.unflatten(1, (-1, model.cfg.k))[:, skipped:]]))
     first, second, truth = torch.cat(samples, dim=1)
     brier = brier_by_samples(first, second, truth)
     return dict.fromkeys(("bits_per_byte", "nats_per_token", "brier_lm_all", "nll_by_position")) | {"brier_lm": brier}
@@ -269,7 +273,9 @@ def main() -> None:
         result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device))
     if "student" in models and loaded["student"].cfg.head == "energy":
         del models["student"]
-        result["student"] = evaluate_energy(loaded["student"], data, args.max_windows, device)
+        result["student"] = evaluate_energy(
+            loaded["student"], data, args.max_windows, device, args.first or loaded["student"].cfg.k
+        )
     if models:
         result |= evaluate(models, data, TokenizerAdapter.load(data.tokenizer), args.max_windows, device, args.first)
     print(table(result))
