@@ -12,6 +12,7 @@ A packed split is a folder:
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -94,7 +95,12 @@ def tokenizer_record(data: PackedData, checkpoint_dir: str | Path) -> dict[str, 
     if not copy.exists():
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
         tokenizer.save(temporary)
-        temporary.replace(copy)
+        try:
+            temporary.replace(copy)
+        except OSError:  # another process, of the same training or not, was faster
+            if not copy.exists():
+                raise
+            shutil.rmtree(temporary)
     return {"fingerprint": data.fingerprint, "path": copy.name}
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
-from configs.parallel import Losses, World, join
+from configs.parallel import Losses, Replicas, World, join, read_about, whole_saves, world
 from configs.run import (
     Run,
     has_fast_bf16,
@@ -31,6 +31,7 @@ from configs.run import (
     pick_device,
     remove_temporaries,
     save_checkpoint,
+    saved_states,
     state_before,
     tune_process,
     wants_compile,
@@ -39,7 +40,7 @@ from configs.schema import TrainConfig, as_dict
 
 # Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
-FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard"}
+FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard", "dry_run", "grad_accum", "fsdp", "activation_checkpointing"}
 
 
 class NoRun(Run):
@@ -67,7 +68,7 @@ class Setup:
     device: torch.device
     bf16: bool
     compile: bool
-    here: World
+    here: World = field(default_factory=World)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products where they pay, float32 elsewhere."""
@@ -114,14 +115,18 @@ def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 
 
 class _StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    Not where torchrun started the process: its own signal follows the terminal's.
+    """
+
+    def __init__(self, alone: bool) -> None:
         self.asked: signal.Signals | None = None
+        self._alone = alone
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and self._alone:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number)
 
@@ -150,62 +155,67 @@ def fit(
     NAME.state.pt, the one saved before in NAME.state.prev.pt. Raises UserError on a loss or gradient that is not finite,
     and leaves the batch in NAME.bad_batch.pt.
     """
-    folder = Path(cfg.checkpoint_dir)
-    run, optimizer, first = setup.run, adamw(model, cfg), 0
+    folder, here, run = Path(cfg.checkpoint_dir), setup.here, setup.run
+    replicas = Replicas(model, cfg, here, setup.device)
+    optimizer, first = adamw(model, cfg), 0
     loss_of = torch.compile(loss_of) if setup.compile else loss_of
-    state_path = folder / f"{name}.state.pt"
-    remove_temporaries(folder, name)
-    if cfg.resume:
-        first = _go_on(name, state_path, model, optimizer, cfg, content["config"], run)
-        run.log(f"{name}: resumed at step {first} of {total} from {state_path}")
-    else:
-        run.go_on_from(0)
-
-    def weights() -> dict[str, Tensor]:
-        return {key: value.detach() for key, value in model.state_dict().items()}
+    state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
+    if here.first:
+        remove_temporaries(folder, name)
+    saved = whole_saves(shards) if replicas.sharded else saved_states(state_path)
+    if cfg.resume or (here.restarts and saved):
+        state = replicas.in_turn(_saved_state, name, shards if replicas.sharded else state_path, saved, cfg, content, run)
+        first = state["step"]
+        if replicas.sharded:
+            replicas.load_shards(saved[0], optimizer)
+        else:
+            load_weights(model, state["state"], state_path)
+            optimizer.load_state_dict(state["optimizer"])
+        run.log(f"{name}: resumed at step {first} of {total} from {saved[0] if replicas.sharded else state_path}")
+    run.go_on_from(first)
 
     def save_model(step: int, figures: dict[str, Any]) -> None:
-        save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights(), "step": step, "figures": figures})
+        weights = replicas.weights()
+        if here.first:
+            save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
 
     def save(step: int) -> None:
-        state = {
-            "config": content["config"],
-            "train_config": content["train_config"],
-            "state": weights(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-        }
-        save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
+        about = {"config": content["config"], "train_config": content["train_config"], "step": step}
+        if replicas.sharded:
+            replicas.save_shards(shards, optimizer, about)
+        elif here.first:
+            state = {**about, "state": replicas.weights(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
         save_model(step, {})
 
-    stop = _StopSignal()
+    stop = _StopSignal(alone=here.size == 1)
     bar = tqdm(
-        total=total, initial=first, desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True
-    )
+        total=total, initial=first, desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True,
+        disable=not here.first,
+    )  # fmt: skip
     mark, mark_step = time.perf_counter(), first
     try:
         for step in range(first, total):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, cfg)
             torch.manual_seed((cfg.seed << 32) + step)
-            batch = tuple(x.to(setup.device) for x in batch_at(step))
-            with setup.autocast():
-                loss, parts = loss_of(*batch)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            batch = batch_at(step)
+            loss, parts = replicas.backward(loss_of, batch, step, setup.autocast)
+            norm = replicas.clip(cfg.grad_clip)
             if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
-                raise _not_finite(name, folder, cfg, step, loss, norm, batch)
+                raise _not_finite(name, folder, cfg, step, replicas.mean([loss])[0], norm.item(), batch if here.first else None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             done = step + 1
             if done % cfg.log_every == 0 or done == total:
-                shown = {key: round(value.item(), 5) for key, value in parts.items()}
+                mean, *means = (round(value, 5) for value in replicas.mean([loss, *parts.values()]))
+                shown = dict(zip(parts, means, strict=True))
                 seconds = time.perf_counter() - mark
                 run.metrics(
                     step=done,
                     tokens=done * tokens_per_step,
-                    loss=round(loss.item(), 5),
+                    loss=mean,
                     **shown,
                     lr=optimizer.param_groups[0]["lr"],
                     grad_norm=round(float(norm), 4),
@@ -214,52 +224,60 @@ def fit(
                 bar.set_postfix_str(", ".join(f"{key} {value:.3f}" for key, value in shown.items()), refresh=False)
                 mark, mark_step = time.perf_counter(), done
             if cfg.eval_every and done % cfg.eval_every == 0 and done < total:
-                run.metrics(step=done, tokens=done * tokens_per_step, **{f"val_{k}": v for k, v in validate(False).items()})
-            if stop.asked and done < total:
+                run.metrics(
+                    step=done,
+                    tokens=done * tokens_per_step,
+                    **{f"val_{k}": v for k, v in replicas.run(validate, False).items()},
+                )
+            if (asked := replicas.any(stop.asked or 0)) and done < total:
                 save(done)
                 bar.close()
                 run.log(f"{name}: stopped at step {done} of {total} and saved {state_path}. Go on with: {_resume_command()}")
-                sys.exit(EXIT_INTERRUPTED if stop.asked == signal.SIGINT else 0)
+                sys.exit(EXIT_INTERRUPTED if asked == signal.SIGINT else 0)
             if cfg.save_every and done % cfg.save_every == 0 and done < total:
                 save(done)
     finally:
         bar.close()
         stop.restore()
     save(total)  # before the validation, so that an interrupt there costs nothing
-    figures = validate(True)
+    figures = replicas.run(validate, True)
     save_model(total, figures)
     run.metrics(step=total, tokens=total * tokens_per_step, final=True, **figures)
     run.log(f"{name}: {total} steps, {total * tokens_per_step:,} tokens -> {folder / f'{name}.pt'}")
     return figures
 
 
-def _go_on(
-    name: str, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cfg: TrainConfig, shape: dict[str, Any], run: Run
-) -> int:
-    """Take weights, optimizer and metrics back to the last save of the model of this `shape`; returns its step."""
-    state = load_state(path, f"{name}.state", run.log)
+def _saved_state(
+    name: str, path: Path, saved: list[Path], cfg: TrainConfig, content: dict[str, Any], run: Run
+) -> dict[str, Any]:
+    """What the last save says of itself, with its tensors where it is one file; checks that it belongs to this model."""
+    shape = content["config"]
+    if path.suffix == ".pt":
+        state = load_state(path, f"{name}.state", run.log)
+    elif saved:
+        state = read_about(saved[0])
+    else:
+        raise UserError(f"--resume: {path} holds no save of a --fsdp training; train without --resume")
     if state["config"] != shape:
         changed = sorted(k for k in shape if state["config"].get(k) != shape[k])
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
-    load_weights(model, state["state"], path)
-    optimizer.load_state_dict(state["optimizer"])
     before, now = state["train_config"], as_dict(cfg)
     other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
-    run.go_on_from(state["step"])
-    return state["step"]
+    return state
 
 
 def _not_finite(
-    name: str, folder: Path, cfg: TrainConfig, step: int, loss: Tensor, norm: Tensor, batch: tuple[Tensor, ...]
+    name: str, folder: Path, cfg: TrainConfig, step: int, loss: float, norm: float, batch: tuple[Tensor, ...] | None
 ) -> UserError:
-    """Keep the batch whose loss or gradient is not finite; returns what to say of it."""
+    """Keep the batch, if given, whose loss or gradient is not finite; returns what to say of it."""
     path, kind = folder / f"{name}.bad_batch.pt", f"{name}.bad_batch"
-    found = {"step": step, "seed": cfg.seed, "loss": loss.item(), "grad_norm": norm.item()}
-    save_checkpoint(path, kind, {**found, "batch": [x.cpu().clone() for x in batch]})
+    if batch is not None:
+        found = {"step": step, "seed": cfg.seed, "loss": loss, "grad_norm": norm}
+        save_checkpoint(path, kind, {**found, "batch": [x.cpu().clone() for x in batch]})
     return UserError(
-        f"{name}: the loss is {loss.item():g} and its gradient {norm.item():g} at step {step}: nothing was updated. "
+        f"{name}: the loss is {loss:g} and its gradient {norm:g} at step {step}: nothing was updated. "
         f"The step's batch is kept in {path}; look at it with "
         f"python -c \"import torch; print(torch.load('{path}', weights_only=True))\". "
         f"Try a lower --lr (now {cfg.lr:g}), a longer --warmup_steps or --no-bf16, and go on from the last save with --resume"
@@ -268,4 +286,6 @@ def _not_finite(
 
 def _resume_command() -> str:
     args = [a for a in sys.argv if a != "--resume"]
-    return " ".join(["python", *map(shlex.quote, args), "--resume"])
+    here = world()
+    start = f"torchrun --nproc_per_node {here.local_size}" if here.size > 1 else "python"
+    return " ".join([start, *map(shlex.quote, args), "--resume"])

@@ -183,6 +183,13 @@ class Replicas:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return int(flags)
 
+    def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what may change files in the first process, and then, when they have settled, in the others."""
+        result = function(*args) if self.here.first else None
+        if self.here.size > 1:
+            dist.barrier()
+        return result if self.here.first else function(*args)
+
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call what uses the model outside of a step, in every process; a sharded model is put together for it."""
         return self.whole(function, *args) if self.sharded else function(*args)

@@ -102,6 +102,11 @@ def bucket_kl(
     return torch.cat(slices)  # type: ignore[arg-type]
 
 
+def scored_positions(top_ids: Tensor) -> Tensor:
+    """How many positions of (..., k) the teacher scored; 1 for none, as it is divided by."""
+    return (top_ids >= 0).any(-1).sum().clamp(min=1)
+
+
 def mean_kl(
     states: Tensor,
     table: Tensor,
@@ -109,11 +114,12 @@ def mean_kl(
     top_logprobs: Tensor,
     temperature: float = 1.0,
     drawn: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Mean `bucket_kl` over the positions that the teacher scored: states (B, T, E), rows (B, T, k), drawn (B, T) -> ().
 
-    0 where the teacher scored none.
+    0 where the teacher scored none. count: what to divide by, where it is not the number of these rows' scored positions.
     """
     tokens = None if drawn is None else drawn.flatten()
     kl = bucket_kl(states.flatten(0, 1), table, top_ids.flatten(0, 1), top_logprobs.flatten(0, 1), temperature, tokens)
-    return kl.sum() / (top_ids >= 0).any(-1).sum().clamp(min=1)
+    return kl.sum() / (scored_positions(top_ids) if count is None else count)

@@ -152,13 +152,12 @@ def main() -> None:
         ce = nll.mean()
         if not (teacher and rows):
             return ce_w * ce, {"ce": ce.detach()}
-        rows = tuple(row[:, 1:] for row in rows)
         ce_at, kl = teacher.hard(cfg, rows), teacher.divergence(cfg, model.table, rows, tokens[:, 1:])(states)
         learnt = ce if ce_at is None else (nll * ce_at.flatten()).mean()
         return ce_w * learnt + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
-        rows = teacher.rows(windows.starts(step), shape.context) if teacher else ()
+        rows = teacher.rows(windows.starts(step), shape.context, first=1) if teacher else ()
         return windows.batch(step), *rows
 
     def validate(_: bool) -> dict[str, Any]:

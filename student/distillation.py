@@ -20,11 +20,13 @@ from torch import Tensor
 from ae.chunks import PackedData
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs import loop
+from configs.errors import UserError
+from configs.parallel import world
 from configs.schema import LMTrainConfig
 from kd.harvest import HarvestConfig, harvest, store_path
 from kd.kd_batcher import KDShard, pack_answers
 from kd.kd_client import Interrupted, Settings
-from kd.losses import mean_kl
+from kd.losses import mean_kl, scored_positions
 from kd.records import MISSING
 from kd.store import Store
 
@@ -73,25 +75,27 @@ class Teacher:
         """
         return (rows[0] < 0).all(-1) if cfg.ce_w is None and rows else None
 
-    def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None) -> tuple[Tensor, ...]:
+    def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None, first: int = 0) -> tuple[Tensor, ...]:
         """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.
 
-        Top ids and top logprobs, (B, T, k) each; () without logprobs.
+        Top ids and top logprobs, (B, T - first, k) each, and how many positions it scored, (); () without logprobs.
         """
         if not self.soft:
             return ()
         _, ids, logprobs = self.train.windows(starts, window)
-        if pads is None:
-            return ids, logprobs
-        return shift_right(ids, pads, MISSING), shift_right(logprobs, pads, 0.0)
+        if pads is not None:
+            ids, logprobs = shift_right(ids, pads, MISSING), shift_right(logprobs, pads, 0.0)
+        return ids[:, first:], logprobs[:, first:], scored_positions(ids[:, first:])
 
     def divergence(
         self, cfg: LMTrainConfig, table: Tensor, rows: Sequence[Tensor], tokens: Tensor
     ) -> Callable[[Tensor], Tensor]:
         """States (B, T, E) -> their mean KL to the teacher's rows; where the cross-entropy leaves them out, the tokens (B, T)
         still tell the words beyond the row apart."""
+        ids, logprobs, count = rows
         drawn = tokens if cfg.ce_w is None else None
-        return partial(mean_kl, table=table, top_ids=rows[0], top_logprobs=rows[1], temperature=self.temperature, drawn=drawn)
+        told: dict[str, Any] = {"top_ids": ids, "top_logprobs": logprobs, "drawn": drawn, "count": count}
+        return partial(mean_kl, table=table, temperature=self.temperature, **told)
 
     @torch.no_grad()
     def validate(self, model: Any, setup: loop.Setup, limit: int, batch_size: int = 8) -> dict[str, float]:
@@ -120,6 +124,11 @@ def open_teacher(cfg: LMTrainConfig, window: int) -> Teacher:
     """
     folder = Path(cfg.kd_data) if cfg.kd_data else Path(cfg.data)
     if not cfg.kd_data and "kd_kind" not in PackedData(folder / "train").meta:
+        if cfg.dry_run or world().size > 1:
+            raise UserError(
+                "--use_kd with --dry_run or under torchrun asks no teacher: harvest and pack first (kd/harvest.py, "
+                "kd/kd_batcher.py), then give the packed answers as --kd_data"
+            )
         folder = _from_store(cfg, window)
     return Teacher(folder, KDShard(folder / "train"), KDShard(folder / "val"), cfg.kd_temperature)
 

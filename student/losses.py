@@ -5,7 +5,7 @@ Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from ae.ae_model import Autoencoder
 from ae.losses import token_nll
 from student.energy import MODEL_SAMPLES, TARGET_SAMPLES, energy_loss
 from student.student_model import Student
+
+
+def counts(tokens: Tensor, pads: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What the means over a batch divide by: its tokens that are no pads, and its chunks without pads."""
+    return tokens.numel() - pads.sum(), tokens.numel() // k - (pads > 0).sum()
 
 
 def student_loss(
@@ -28,18 +33,20 @@ def student_loss(
     base_w: float = 0.0,
     kd_w: float = 0.0,
     kd: Callable[[Tensor], Tensor] | None = None,
+    counted: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """tokens (B, T) of which the first pads[b] of a row are padding -> total loss and parts, nats (mse: per dimension).
 
     ce: mean token cross-entropy under the exact conditional; ce_at (B, T) marks the positions that learn from it, unset: all.
     mse: squared error between the predicted latents and the frozen autoencoder's mean of the true chunks. base:
     cross-entropy of the parallel logits alone. kd: states (B, T, E) to their divergence from a teacher, such as
-    `kd.losses.mean_kl`. Pads carry no loss.
+    `kd.losses.mean_kl`. Pads carry no loss. counted: what the means divide by, where it is not `counts` of these rows (of
+    a part of a batch: its share of the whole batch's).
     """
     z_hat = model.predict_latents(tokens)  # (B, L, D)
     states, g = model.token_states(tokens, z_hat)  # (B, T, E)
     real = torch.arange(tokens.shape[1], device=tokens.device) >= pads[:, None]  # (B, T)
-    count = real.sum()
+    count, n_chunks = counted or counts(tokens, pads, model.cfg.k)
 
     def nll(h: Tensor) -> Tensor:
         return token_nll(h.flatten(0, 1), model.table, tokens.flatten()) * real.flatten()
@@ -60,12 +67,14 @@ def student_loss(
             mean, _ = frozen.encode(tokens.unflatten(1, (-1, model.cfg.k)))  # (B, L, D)
         whole = (pads == 0)[:, None] | (torch.arange(z_hat.shape[1], device=tokens.device) > 0)  # (B, L): chunks without pads
         error = (z_hat.float() - mean.float()).square().mean(-1)
-        mse = (error * whole).sum() / whole.sum()
+        mse = (error * whole).sum() / n_chunks
         total, parts["mse"] = total + mse_w * mse, mse.detach()
     return total, parts
 
 
-def student_energy_loss(model: Student, frozen: Autoencoder, tokens: Tensor, pads: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def student_energy_loss(
+    model: Student, frozen: Autoencoder, tokens: Tensor, pads: Tensor, counted: Sequence[Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """CALM's energy score between samples of the head and of the frozen autoencoder's posterior, (B, T) -> total, parts."""
     h = model.backbone_states(tokens)  # (B, L, H)
     samples = model.exit(h.expand(MODEL_SAMPLES, *h.shape)).float()  # (N, B, L, D)
@@ -74,5 +83,6 @@ def student_energy_loss(model: Student, frozen: Autoencoder, tokens: Tensor, pad
         mean, std = mean.float(), log_std.float().clamp(-6, 2).exp()
         targets = mean + std * torch.randn(TARGET_SAMPLES, *mean.shape, device=mean.device)  # (M, B, L, D)
     whole = (pads == 0)[:, None] | (torch.arange(h.shape[1], device=tokens.device) > 0)
-    loss = (energy_loss(samples, targets) * whole).sum() / whole.sum()
+    _, n_chunks = counted or counts(tokens, pads, model.cfg.k)
+    loss = (energy_loss(samples, targets) * whole).sum() / n_chunks
     return loss, {"energy": loss.detach()}

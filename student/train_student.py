@@ -29,7 +29,7 @@ from configs.schema import AETrainConfig, StudentTrainConfig, as_dict, parse_con
 from student.baseline import backbone_fields, mean_nll
 from student.distillation import open_teacher, shift_right
 from student.initialise import copy_backbone
-from student.losses import student_energy_loss, student_loss
+from student.losses import counts, student_energy_loss, student_loss
 from student.student_model import Student, StudentConfig
 
 
@@ -89,19 +89,21 @@ def main() -> None:
         setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w, base_w and kd_w are not used")
     ce_w = teacher.say(setup.run.log, cfg) if teacher else 1.0 if cfg.ce_w is None else cfg.ce_w
 
-    def loss(tokens: Tensor, pads: Tensor, *rows: Tensor) -> loop.Losses:
+    def loss(tokens: Tensor, pads: Tensor, n_tokens: Tensor, n_chunks: Tensor, *rows: Tensor) -> loop.Losses:
+        counted = n_tokens, n_chunks
         if cfg.head == "energy":
-            return student_energy_loss(model, frozen, tokens, pads)
+            return student_energy_loss(model, frozen, tokens, pads, counted)
         kd = teacher.divergence(cfg, model.table, rows, tokens) if teacher and rows else None
         ce_at = teacher.hard(cfg, rows) if teacher else None
         return student_loss(
-            model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd
-        )
+            model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd,
+            counted=counted,
+        )  # fmt: skip
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
         tokens, pads = pad_left(windows.batch(step), ae.k, model.cfg.pad_id, cfg.pad_share, cfg.seed, step)
         rows = teacher.rows(windows.starts(step), shape.context, pads) if teacher else ()
-        return tokens, pads, *rows
+        return tokens, pads, *counts(tokens, pads, ae.k), *rows
 
     @torch.no_grad()
     def validate(_: bool) -> dict[str, Any]:

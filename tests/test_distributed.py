@@ -1,0 +1,154 @@
+"""One process, accumulation, two processes and shards take the same steps; a process that dies costs the steps since a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_LM, World, make_ae, make_student, run_script
+
+from configs.parallel import slices, whole_saves
+from kd.losses import mean_kl, scored_positions
+from student import baseline, train_student
+from student.baseline import load_token_model
+from student.losses import counts, student_loss
+from student.student_model import load_student
+
+STEPS = 6
+STUDENT = [*SMALL_LM, "--base_w", 0.1, "--pad_share", 0.7]  # rows with pads: each slice has its own count
+
+
+def flags_of(world: World, folder: Path, *more: Any) -> list[str]:
+    return [*map(str, (*world.train_flags(folder), "--no-bf16", "--log_every", 1, "--save_every", 2, *more))]
+
+
+def torchrun(*runs: list[Any], restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Trainings in two processes."""
+    options = ["--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "tests/many.py", json.dumps(runs)]
+    # without the last one the new workers of an elastic restart look for the old ones' store
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=200)
+
+
+def curve(folder: Path) -> dict[str, list[float]]:
+    """The logged losses and gradient norms, one a step."""
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return {key: [line[key] for line in lines] for key in ("loss", "ce", "grad_norm", "tokens")}
+
+
+def same(one: Path, other: Path, name: str) -> None:
+    """Curves and weights agree to rounding; sums are taken in another order, and AdamW divides by small numbers."""
+    a, b = curve(one), curve(other)
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=2e-4), key
+    weights, others = (torch.load(x / f"checkpoints/{name}.pt", weights_only=True)["state"] for x in (one, other))
+    assert weights.keys() == others.keys()
+    for key in weights:
+        torch.testing.assert_close(weights[key], others[key], rtol=1e-2, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings of this file but the killed one."""
+    root = tmp_path_factory.mktemp("runs")
+    student = [*STUDENT, "--ae_ckpt", world.ae, "--max_steps", STEPS]
+    token_model = [*SMALL_LM, "--k", 4, "--max_steps", STEPS]
+    for name, script, own in (("student", train_student, student), ("token_model", baseline, token_model)):
+        assert run_script(script, *flags_of(world, root / f"{name}-1x1", *own)) == 0
+        assert run_script(script, *flags_of(world, root / f"{name}-1x4", *own, "--grad_accum", 4)) == 0
+    half = [x if x != STEPS else STEPS // 2 for x in token_model]
+    sharded = ("--fsdp", "--activation_checkpointing", "--grad_accum", 2)
+    done = torchrun(
+        ["student", *flags_of(world, root / "student-2x2", *student, "--grad_accum", 2)],
+        ["student", *flags_of(world, root / "student-fsdp", *student, "--fsdp")],
+        ["token_model", *flags_of(world, root / "token_model-fsdp", *half, *sharded)],
+        ["token_model", *flags_of(world, root / "token_model-fsdp", *token_model, *sharded, "--resume")],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (root / "stdout").write_text(done.stdout)
+    (root / "stderr").write_text(done.stderr)
+    return root
+
+
+@pytest.mark.parametrize("other", ["1x4", "2x2", "fsdp"])
+def test_the_student_learns_the_same(runs: Path, other: str) -> None:
+    same(runs / "student-1x1", runs / f"student-{other}", "student")
+
+
+@pytest.mark.parametrize("other", ["1x4", "fsdp"])
+def test_the_token_model_learns_the_same(runs: Path, other: str) -> None:
+    """In shards: interrupted and resumed, with activation checkpointing and accumulation."""
+    same(runs / "token_model-1x1", runs / f"token_model-{other}", "token_model")
+
+
+def test_only_the_first_process_speaks_and_writes(runs: Path) -> None:
+    figures = [json.loads(line) for line in (runs / "stdout").read_text().splitlines() if line.startswith("{")]
+    assert len(figures) == 4 and all("nats_per_token" in line for line in figures)
+    assert (runs / "stderr").read_text().count("student: 2 processes, cpu") == 2
+    for name in ("student-2x2", "student-fsdp"):
+        found = {path.name for path in (runs / name / "checkpoints").iterdir() if not path.name.startswith("tokenizer")}
+        own = {"student.shards"} if name == "student-fsdp" else {"student.state.pt", "student.state.prev.pt"}
+        assert found == {"student.pt", *own}
+
+
+def test_a_sharded_model_is_one_file_in_the_end(runs: Path) -> None:
+    student, _ = load_student(runs / "student-fsdp/checkpoints/student.pt")
+    token_model, content = load_token_model(runs / "token_model-fsdp/checkpoints/token_model.pt")
+    assert content["figures"]["nats_per_token"] > 0 and all(type(p) is torch.nn.Parameter for p in student.parameters())
+    assert torch.equal(token_model.lm.lm_head.weight, token_model.lm.model.embed_tokens.weight)
+    saves = whole_saves(runs / "student-fsdp/checkpoints/student.shards")
+    assert [save.name for save in saves] == ["step-00000006", "step-00000004"]
+    (saves[0] / "about.json").unlink()  # as a kill in the middle of the save leaves it
+    assert [save.name for save in whole_saves(saves[0].parent)] == ["step-00000004"]
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_save(world: World, runs: Path, tmp_path: Path) -> None:
+    flags = flags_of(world, tmp_path, *STUDENT, "--ae_ckpt", world.ae, "--max_steps", STEPS, "--grad_accum", 2)
+    done = torchrun(["die at", 3], ["student", *flags], restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step 2 of 6" in done.stderr
+    same(runs / "student-2x2", tmp_path, "student")
+
+
+def test_the_mean_of_the_slices_is_the_loss_of_the_batch() -> None:
+    """Exactly, gradients too, with pads and a teacher's rows of which each slice has another number."""
+    model, frozen = make_student(), make_ae(vocab_size=320, latent_dim=8, embed_dim=16)
+    tokens, pads = torch.randint(2, 320, (4, 64)), torch.tensor([3, 0, 0, 2])
+    ids = torch.stack([torch.randperm(320)[:3] for _ in range(256)]).view(4, 64, 3)
+    ids[0, :50] = ids[2, 7:9] = -1
+    logprobs = torch.full((4, 64, 3), -2.0)
+    batch = tokens, pads, *counts(tokens, pads, 4), ids, logprobs, scored_positions(ids)
+
+    def loss(tokens, pads, n_tokens, n_chunks, ids, logprobs, scored):  # type: ignore[no-untyped-def]
+        kd = lambda states: mean_kl(states, model.table, ids, logprobs, count=scored)
+        weights = {"ce_w": 1.0, "mse_w": 1.0, "base_w": 0.5, "kd_w": 1.0}
+        return student_loss(model, frozen, tokens, pads, kd=kd, counted=(n_tokens, n_chunks), **weights)
+
+    (whole, parts), cut = loss(*batch), [loss(*part) for part in slices(batch, 4)]
+    assert sum(x for x, _ in cut).item() / 4 == pytest.approx(whole.item(), rel=1e-6)  # type: ignore[union-attr]
+    for key, value in parts.items():
+        assert sum(part[key] for _, part in cut).item() / 4 == pytest.approx(value.item(), rel=1e-6)  # type: ignore[union-attr]
+    expected = torch.autograd.grad(whole, model.ae.embedding.weight)[0]
+    found = torch.autograd.grad(sum(x for x, _ in cut) / 4, model.ae.embedding.weight)[0]  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_slices_and_what_cannot_be_cut(packed: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, count = torch.arange(8).view(4, 2), torch.tensor(6)
+    parts = slices([rows, count], 2)
+    assert torch.equal(torch.cat([part[0] for part in parts]), rows) and [part[1].item() for part in parts] == [3, 3]
+    assert slices([rows, count], 1)[0][1] is count
+    flags = [*flags_of(packed, tmp_path), *SMALL_LM, "--k", 4, "--max_steps", 1]
+    assert run_script(baseline, *flags, "--grad_accum", 3) == 2
+    assert "--batch_size 4: expected a multiple of processes * --grad_accum = 3" in capsys.readouterr().err
+    assert run_script(baseline, *flags, "--fsdp") == 2
+    assert "start it with torchrun" in capsys.readouterr().err
