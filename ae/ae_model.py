@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ae.layers import SwiGLU
 from configs.errors import UserError
-from configs.run import load_checkpoint, load_weights
+from configs.run import load_model
 from configs.schema import config_from
 
 
@@ -122,8 +122,5 @@ class Autoencoder(nn.Module):
 
 
 def load_ae(path: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
-    """An autoencoder and its checkpoint's content (config, tokenizer, figures). Raises UserError as `load_checkpoint`."""
-    content = load_checkpoint(path, "ae")
-    model = Autoencoder(config_from(AEConfig, content["config"], str(path)))
-    load_weights(model, content["state"], path)
-    return model.eval(), content
+    """An autoencoder and its checkpoint's content (config, tokenizer, figures). Raises UserError as `load_model`."""
+    return load_model(path, "ae", lambda config: Autoencoder(config_from(AEConfig, config, str(path))))

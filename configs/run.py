@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import platform
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,14 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
 from configs.errors import UserError
 
+M = TypeVar("M", bound=torch.nn.Module)
 FORMAT = "latentforge-checkpoint"
 VERSION = 1
 
@@ -244,8 +246,9 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             # torch.save writes a zip archive with a CRC-32 of each tensor, which torch.load does not compare; and for a part
             # that a flipped bit has made a folder, it returns memory that nobody wrote
-            archive = zipfile.ZipFile(file)
-            if part := archive.testzip() or next((i.filename for i in archive.infolist() if i.external_attr), None):
+            archive = zipfile.ZipFile(file)  # and nothing in it is compressed, so that it cannot unpack to more than there is
+            changed = (part.filename for part in archive.infolist() if part.external_attr or part.compress_type)
+            if part := next(changed, None) or archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum or attributes of {part}")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -254,13 +257,42 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
         raise Damaged(
             f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    told = [content.get(key) for key in ("format", "kind", "version")] if isinstance(content, dict) else []
+    if not all(isinstance(x, (str, int)) for x in told) or told[:1] != [FORMAT]:
         raise UserError(f"{path} is no checkpoint of this project: expected format {FORMAT!r}")
-    if content.get("kind") != kind:
-        raise UserError(f"{path} is a checkpoint of kind {content.get('kind')!r}, expected {kind!r}")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path} has format version {content.get('version')}, this code reads {VERSION}; train it again")
+    if told[1] != kind:
+        raise UserError(f"{path} is a checkpoint of kind {reprlib.repr(told[1])}, expected {kind!r}")
+    if told[2] != VERSION:
+        raise UserError(f"{path} has format version {reprlib.repr(told[2])}, this code reads {VERSION}; train it again")
     return content
+
+
+def load_model(path: str | Path, kind: str, build: Callable[[dict[str, Any]], M]) -> tuple[M, dict[str, Any]]:
+    """A model and its checkpoint's content; `build` makes the model of a config.
+
+    Raises UserError as `load_checkpoint` and `build`, and for a config that is not that of the weights: such a one is built
+    without memory first, as it could name any size.
+    """
+    content = load_checkpoint(path, kind)
+    config, state, tokenizer = (content.get(key) for key in ("config", "state", "tokenizer"))
+    if not isinstance(config, dict) or not isinstance(state, dict) or not isinstance(tokenizer, dict):
+        raise UserError(f"checkpoint {path} lacks config, weights or tokenizer; write it again")
+    if not all(isinstance(tokenizer.get(key), str) for key in ("fingerprint", "path")):
+        raise UserError(f"checkpoint {path} does not say which tokenizer it belongs to; write it again")
+    if not all(isinstance(x, torch.Tensor) and x.nbytes <= x.untyped_storage().nbytes() for x in state.values()):
+        raise UserError(f"checkpoint {path}: its weights are no tensors, or larger than what is stored; write it again")
+    largest = sum(x.numel() for x in state.values())
+    for key, value in config.items():
+        if isinstance(value, int) and value > (len(state) if str(key).endswith("layers") else largest):
+            raise UserError(f"checkpoint {path}: its weights do not fit its config ({key} of {value})")
+    with torch.device("meta"):
+        wanted = {key: value.shape for key, value in build(config).state_dict().items()}
+    differ = [key for key in {*wanted, *state} if key not in state or wanted.get(key) != state[key].shape]
+    if differ:
+        raise UserError(f"checkpoint {path}: its weights do not fit its config ({', '.join(map(str, differ))[:200]})")
+    model = build(config)
+    load_weights(model, state, path)
+    return model.eval(), content
 
 
 def state_before(path: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -167,20 +168,20 @@ def _coerce(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
         else:
             value = base(value)
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{name}: expected {base.__name__}, got {value!r}") from None
+        raise UserError(f"{name}: expected {base.__name__}, got {reprlib.repr(value)}") from None
     if (choices := limits.get("choices")) and value not in choices:
-        raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"{name}: expected one of {', '.join(choices)}, got {reprlib.repr(value)}")
     low, high = limits.get("low"), limits.get("high")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         wanted = f"at least {low}" if high is None else f"{low} to {high}"
-        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+        raise UserError(f"{name}: expected {wanted}, got {reprlib.repr(value)}")
     return value
 
 
 def config_from(cls: type[C], values: dict[str, Any], source: str) -> C:
     """Build a config dataclass from loose values, coerced by field type.
 
-    Raises UserError for an unknown key (naming the nearest known one) or a value of the wrong type.
+    Raises UserError for an unknown key (naming the nearest known one), a value of the wrong type, or one that is missing.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -188,8 +189,11 @@ def config_from(cls: type[C], values: dict[str, Any], source: str) -> C:
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise UserError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Known: {', '.join(sorted(fields))}")
+            known = f"did you mean {near[0]!r}? Known: {', '.join(sorted(fields))}"
+            raise UserError(f"{source}: unknown key {reprlib.repr(key)}; {known}")
         out[key] = _coerce(f"{source}: {key}", value, hints[key], fields[key].metadata)
+    if missing := [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in out]:
+        raise UserError(f"{source}: no value for {', '.join(missing)}")
     return cls(**out)
 
 

@@ -23,7 +23,7 @@ from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from ae.losses import token_nll
 from configs import loop, plan
 from configs.errors import UserError, run_cli
-from configs.run import load_checkpoint, load_weights
+from configs.run import load_model
 from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
 
 
@@ -105,11 +105,8 @@ class TokenModel(nn.Module):
 
 
 def load_token_model(path: str | Path) -> tuple[TokenModel, dict[str, Any]]:
-    """A token-level model and its checkpoint's content. Raises UserError as `load_checkpoint`."""
-    content = load_checkpoint(path, "token_model")
-    model = TokenModel(config_from(BackboneConfig, content["config"], str(path)))
-    load_weights(model, content["state"], path)
-    return model.eval(), content
+    """A token-level model and its checkpoint's content. Raises UserError as `load_model`."""
+    return load_model(path, "token_model", lambda config: TokenModel(config_from(BackboneConfig, config, str(path))))
 
 
 @torch.no_grad()

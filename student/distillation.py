@@ -54,9 +54,9 @@ class Teacher:
 
     def about(self) -> dict[str, Any]:
         """What the run, its report and its checkpoint say of the distillation."""
-        meta = self.train.meta
         told = {"kind": "token-level", "k": self.train.k} if self.soft else {"kind": "sequence-level"}
-        return {**told, "teacher": meta["teacher"], "tokens": self.train.n_tokens, "scored_tokens": meta["kd_scored"]}
+        counts = {"tokens": self.train.n_tokens, "scored_tokens": self.train.scored}
+        return {**told, "teacher": self.train.teacher, **counts}
 
     def say(self, log: Callable[[str], None], cfg: LMTrainConfig) -> float:
         """Say what kind of distillation this is; returns the weight of the cross-entropy that goes with it."""

@@ -27,7 +27,7 @@ from transformers import Qwen3Model
 from ae.ae_model import AEConfig, Autoencoder
 from ae.losses import token_nll
 from configs.errors import UserError
-from configs.run import load_checkpoint, load_weights
+from configs.run import load_model
 from configs.schema import config_from
 from student.baseline import BackboneConfig
 from student.energy import EnergyHead
@@ -152,8 +152,5 @@ class Student(nn.Module):
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
-    """A student and its checkpoint's content. Raises UserError as `load_checkpoint`."""
-    content = load_checkpoint(path, "student")
-    model = Student(config_from(StudentConfig, content["config"], str(path)))
-    load_weights(model, content["state"], path)
-    return model.eval(), content
+    """A student and its checkpoint's content. Raises UserError as `load_model`."""
+    return load_model(path, "student", lambda config: Student(config_from(StudentConfig, config, str(path))))
