@@ -93,6 +93,7 @@ class LMTrainConfig(TrainConfig):
     num_heads: int = opt(16, "attention heads of the backbone")
     num_kv_heads: int | None = opt(None, "key/value heads (GQA); unset: as --num_heads")
     head_dim: int | None = opt(None, "width of an attention head; unset: hidden_dim / num_heads", low=2)
+    rope_theta: float = opt(10_000.0, "base of the rotary embedding's wavelengths", low=1)
     ffn_dim: int | None = opt(None, "width of the feed-forward blocks; unset: 3 * hidden_dim")
     seq_len: int = opt(64, "latents a window; a window has seq_len * k tokens")
     fsdp: bool = opt(False, "share weights, gradients and optimizer out over torchrun's processes (FSDP2)")

@@ -40,6 +40,7 @@ class BackboneConfig:
     k: int
     vocab_size: int
     head_dim: int | None = field(default=None, kw_only=True)  # None: hidden_dim / num_heads
+    rope_theta: float = field(default=10_000.0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -68,6 +69,7 @@ class BackboneConfig:
             vocab_size=vocab_size, hidden_size=self.hidden_dim, intermediate_size=self.ffn_dim,
             num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads,
             head_dim=self.head_width, max_position_embeddings=positions, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
         )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def backbone_fields(cfg: LMTrainConfig) -> dict[str, Any]:
     """The backbone's shape from a training config, unset fields filled in."""
     return {
         "hidden_dim": cfg.hidden_dim, "num_layers": cfg.num_layers, "num_heads": cfg.num_heads,
-        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads, "head_dim": cfg.head_dim,
+        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads, "head_dim": cfg.head_dim, "rope_theta": cfg.rope_theta,
         "ffn_dim": cfg.ffn_dim or 3 * cfg.hidden_dim, "seq_len": cfg.seq_len,
     }  # fmt: skip
 

@@ -42,6 +42,7 @@ def copy_backbone(student: Student, name: str | Path) -> str:
     shape = {
         "hidden_dim": config.hidden_size, "num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads,
         "head_dim": theirs.layers[0].self_attn.head_dim, "ffn_dim": config.intermediate_size,
+        "rope_theta": config.rope_parameters["rope_theta"],
     }  # fmt: skip
     own = {**vars(student.cfg), "head_dim": student.cfg.head_width}
     if differ := [f"--{key} {value} (not {own[key]})" for key, value in shape.items() if own[key] != value]:
@@ -60,5 +61,7 @@ def copy_backbone(student: Student, name: str | Path) -> str:
     scale = source.get_input_embeddings().weight.float().square().mean().sqrt()
     student.enter_norm.weight.fill_(scale)  # the layers expect inputs of the size of its embeddings
     student.start.mul_(scale)
+    if (kind := config.rope_parameters["rope_type"]) != "default":
+        left.add(f"the {kind} scaling of its rotary embedding")
     said = f"init from {name}: {copied:,} of the backbone's {total:,} parameters, layers {', '.join(map(str, chosen))}"
     return said + (f"; not copied: {', '.join(sorted(left))}" if left else "")

@@ -84,7 +84,8 @@ class Student(nn.Module):
         self.backbone.embed_tokens = None  # type: ignore[assignment]  # inputs come as vectors
         if cfg.head == "energy":
             self.exit: nn.Module = EnergyHead(cfg.hidden_dim, cfg.latent_dim)
-            self.ae.requires_grad_(False)  # its samples are decoded by the autoencoder as it was trained
+            for part in (self.ae.decoder, self.ae.embedding):  # samples are decoded by the autoencoder as it was trained
+                part.requires_grad_(False)
         else:
             self.exit = nn.Linear(cfg.hidden_dim, cfg.latent_dim)
             # A random prediction decodes to confident nonsense, and a model that learns to ignore it never listens again

@@ -19,7 +19,7 @@ from student.initialise import copy_backbone, spread
 STORIES = Path(__file__).parents[2] / "shared" / "teachers" / "stories260k"
 
 
-def qwen3(folder: Path) -> Path:
+def qwen3(folder: Path, **changes: Any) -> Path:
     shape: dict[str, Any] = {
         "hidden_size": 32,
         "num_attention_heads": 2,
@@ -28,7 +28,7 @@ def qwen3(folder: Path) -> Path:
         "head_dim": 24,
     }
     shape |= {"num_hidden_layers": 5, "vocab_size": 320}
-    Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(**shape, **changes, tie_word_embeddings=True)).save_pretrained(folder)
     return folder
 
 
@@ -60,6 +60,14 @@ def test_a_llama_has_no_norms_of_queries_and_keys(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2, vocab_size=320)).save_pretrained(tmp_path)
     student = make_student(num_layers=2, **{**FITTING, "num_kv_heads": 1, "head_dim": 16})
     assert "not copied: self_attn.k_norm.weight, self_attn.q_norm.weight" in copy_backbone(student, tmp_path)
+
+
+def test_another_rotary_base_is_refused_with_the_flag_to_set(tmp_path: Path) -> None:
+    copy_backbone(make_student(num_layers=3, **FITTING), qwen3(tmp_path / "near"))
+    far = qwen3(tmp_path / "far", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    with pytest.raises(UserError, match=r"set --rope_theta 1000000\.0 \(not 10000\.0\)"):
+        copy_backbone(make_student(num_layers=3, **FITTING), far)
+    copy_backbone(make_student(num_layers=3, rope_theta=1e6, **FITTING), far)
 
 
 def test_the_table_becomes_the_embedding(tmp_path: Path) -> None:
