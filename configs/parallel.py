@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.files import read_json
 from configs.schema import LMTrainConfig, TrainConfig
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
@@ -250,7 +251,7 @@ def whole_saves(folder: Path) -> list[Path]:
 
 def read_about(place: Path) -> dict[str, Any]:
     """What a sharded save says of itself."""
-    return json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    return read_json(place / ABOUT)
 
 
 def checkpoint_layers(model: nn.Module) -> None:

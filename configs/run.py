@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from configs.errors import UserError
+from configs.files import read_text
 
 M = TypeVar("M", bound=torch.nn.Module)
 FORMAT = "latentforge-checkpoint"
@@ -148,11 +149,14 @@ class Run:
         on with its time."""
         path = self.folder / "metrics.jsonl"
         lines = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for text in read_text(path).splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(text))
             except ValueError:  # a line cut short by a kill
                 continue
+        told = [(x.get("step"), x.get("time")) if isinstance(x, dict) else (None, None) for x in lines]
+        if not all(isinstance(n, int) and isinstance(seconds, (int, float)) for n, seconds in told):
+            raise UserError(f"{path} is damaged: expected JSON objects with step and time; move it away, then --resume")
         lines = [line for line in lines if line["step"] <= step and not line.get("final")]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -31,7 +31,7 @@ from ae.ae_model import load_ae
 from ae.chunks import PackedData, PackedWriter, TrainWindows
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
-from configs.run import save_checkpoint
+from configs.run import Run, save_checkpoint
 from configs.schema import StudentTrainConfig, as_dict, config_from, read_yaml
 from kd.kd_batcher import KDShard, KDWriter
 from kd.local_teacher import ServeConfig, load_teacher
@@ -395,3 +395,12 @@ def test_damaged_files(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
             (folder / name).write_bytes(sound[name])
     print(kind, dict(outcomes))
     assert outcomes["refused"] > FUZZ / 3
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"step": "1", "time": 0}', '{"step": 1}', '{"loss": 5.0}'])
+def test_a_run_with_damaged_metrics_is_not_resumed(tmp_path: Path, line: str) -> None:
+    run, sound = Run(tmp_path, {}), '{"step": 1, "time": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(sound + line + "\n")
+    with pytest.raises(UserError, match="is damaged"):
+        run.go_on_from(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == sound + line + "\n"

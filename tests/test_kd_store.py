@@ -6,12 +6,13 @@ import json
 import multiprocessing
 import sqlite3
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
-from kd.store import Store, Totals, canonical, request_key
+from kd.store import LARGEST, Store, Totals, canonical, request_key
 
 BODY = {"messages": [{"role": "user", "content": "\u732b"}], "seed": 1}
 
@@ -116,6 +117,58 @@ def test_files_that_are_no_store_of_ours(tmp_path: Path) -> None:
         newer.execute("PRAGMA user_version = 9")
     with pytest.raises(UserError, match="version 9, this code reads 1"):
         Store(tmp_path / "newer")
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    path, empty = tmp_path / "t.sqlite", tmp_path / "empty"
+    put_many(str(path), 0, 3)
+    before = path.read_bytes()
+    with Store(path, must_exist=True) as store:
+        assert len(list(store)) == 3
+        with pytest.raises(UserError, match="readonly"):
+            put(store, 9)
+    assert path.read_bytes() == before
+    empty.touch()
+    with pytest.raises(UserError, match="no teacher store"):
+        Store(empty, must_exist=True)
+    assert empty.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON answers BEGIN DELETE FROM answers; END",
+        "CREATE VIEW v AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n FROM r) SELECT n FROM r",
+    ],
+)
+def test_programs_in_a_store_are_refused(tmp_path: Path, program: str) -> None:
+    put_many(str(tmp_path / "t.sqlite"), 0, 3)
+    with sqlite3.connect(tmp_path / "t.sqlite") as database:
+        database.execute(program)
+    for must_exist in (True, False):
+        with pytest.raises(UserError, match="not those of a teacher store"):
+            Store(tmp_path / "t.sqlite", must_exist)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("answer", zlib.compress(bytes(LARGEST + 1)), "cut short, or more than 64 MiB"),
+        ("answer", zlib.compress(b'{"x": 2}')[:-3], "cut short"),
+        ("answer", zlib.compress(b"[]"), "not what its key says"),
+        ("request", zlib.compress(b'{"seed": 2}'), "not what its key says"),
+        ("model", "another", "not what its key says"),
+        ("prompt_ids", zlib.compress(b"[-1]"), "no list of token ids"),
+        ("completion_tokens", -1, "a count or a cost is no number"),
+        ("cost", "much", "a count or a cost is no number"),
+    ],
+)
+def test_an_answer_is_what_was_stored(tmp_path: Path, column: str, value: object, message: str) -> None:
+    put_many(str(tmp_path / "t.sqlite"), 0, 1)
+    with sqlite3.connect(tmp_path / "t.sqlite") as database:
+        database.execute(f"UPDATE answers SET {column} = ?", (value,))
+    with Store(tmp_path / "t.sqlite", must_exist=True) as store, pytest.raises(UserError, match=message):
+        list(store)
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
