@@ -75,6 +75,7 @@ class HarvestConfig:
     temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
     top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
     seed: int = opt(0, "of the requests' seeds", low=0)
+    whole_store: bool = opt(False, "--n_tokens counts all that the store holds, of other settings too")
     shard: str = opt("1/1", "i/n: of n machines, the prompts and tokens of the i-th; kd/shards.py merges their stores")
     concurrency: int = opt(8, "requests at once (Venice: at most 10)", low=1)
     rpm: float | None = opt(None, "most requests a minute; the server's headers may lower it", low=1e-9)
@@ -204,6 +205,7 @@ def request_of(
     body: dict[str, Any] = {
         "model": settings.model,
         "temperature": cfg.temperature,
+        "top_p": 1,  # servers may have defaults of their own, and logprobs are of the whole distribution
         "seed": 1 + (cfg.seed * 1_000_003 + index) % (2**31 - 1),
         "max_completion_tokens" if settings.is_hosted else "max_tokens": cfg.max_new_tokens,
     }
@@ -211,6 +213,7 @@ def request_of(
         body["venice_parameters"] = {"include_venice_system_prompt": False, "disable_thinking": True}
     if not settings.is_hosted:  # vLLM's fields, which others ignore
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        body |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1}  # where a model's generation_config says otherwise
     messages = row.get("messages")
     if messages is None and "prompt" in row and chat:
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -327,6 +330,8 @@ class Harvest:
 
     def _missing(self) -> Iterator[tuple[Job, dict[str, Any]]]:
         """The jobs that have no answer yet, until there are tokens enough; those that have one are counted."""
+        if self.cfg.whole_store:
+            self._count(self.store.totals().completion_tokens)
         for job in self.prompts:
             if self.summary.tokens >= self.cfg.n_tokens:
                 return
@@ -340,7 +345,8 @@ class Harvest:
                 self.summary.answers += 1
             else:
                 self.summary.found += 1
-            self._count(tokens)
+            if not self.cfg.whole_store:
+                self._count(tokens)
 
     def _count(self, tokens: int) -> None:
         tokens = max(1, tokens)  # so that a teacher of empty answers comes to an end

@@ -11,7 +11,8 @@ A shard is a packed split of `ae/chunks.py` (its `PackedData` reads it as plain 
     top_logprobs.bin   (n_tokens, k) float16, nats
 
 Row t is what the teacher says of token t, given the tokens of its document before it. Rows of a prompt, of an end-of-text
-that the teacher did not write and of positions without logprobs are missing throughout. kd_kind is "logprobs", or
+that the teacher did not write and of positions without logprobs are missing throughout; where an answer was cut, the
+logprobs of the end-of-text's missing row are -inf: a text ends there that would have gone on. kd_kind is "logprobs", or
 "sequence" for a teacher that tells none: then kd_k is 0 and the two files are not there.
 
 Bytes a token: 2 + 4 k (82 at k = 20) with uint16 ids, 4 + 6 k (124 at k = 20) with uint32. float16 is good to 2.4e-4 nats
@@ -19,17 +20,18 @@ from -0.5 to -1 and to 0.004 at -8.
 
 A document is the prompt and what was written after it, or the text that was scored. An end-of-text id in front is left
 out: the document before ends with one. An answer that was cut by its length limit ends with end-of-text as every document.
-Of equal documents only the first is kept, and validation is chosen by a document's hash, as in tools/data_packing.py.
+Of equal documents only the first is kept. Validation is chosen by the hash of the prompt, or of the text where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +40,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, run_cli
+from configs.files import read_json
 from configs.packed import Packed, id_dtype, write_header
 from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
 from kd.store import Store, StoredAnswer
@@ -68,10 +71,10 @@ class KDWriter:
         self.n_tokens = self.n_docs = self.n_scored = 0
         self._files = {name: open(self.folder / name, "wb") for name in FILES}
 
-    def add(self, ids: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray, cut: bool = False) -> None:
         """Append a document: ids (T,), its end-of-text included, top_ids and top_logprobs (T, any k), best first.
 
-        Missing are ids of -1 and logprobs of NaN. Rows are cut or filled up to the shard's k.
+        Missing are ids of -1 and logprobs of NaN. Rows are cut or filled up to the shard's k. cut: its end is none.
         """
         if top_ids.shape != top_logprobs.shape or top_ids.shape[:1] != ids.shape:
             raise ValueError(f"shapes do not fit: ids {ids.shape}, top ids {top_ids.shape}, logprobs {top_logprobs.shape}")
@@ -85,12 +88,19 @@ class KDWriter:
         np.copyto(packed_ids[:, :kept], top_ids[:, :kept].astype(self.top_dtype), where=known[:, :kept])
         lowest = np.finfo(np.float16).min
         np.copyto(packed[:, :kept], np.maximum(top_logprobs[:, :kept], lowest).astype(np.float16), where=known[:, :kept])
+        if cut:
+            packed[-1] = -np.inf
         parts = (ids.astype(self.dtype), np.int64(self.n_tokens), packed_ids, packed)
         for file, part in zip(self._files.values(), parts, strict=True):
             file.write(part.tobytes())
         self.n_tokens += len(ids)
         self.n_docs += 1
         self.n_scored += int(known[:, :kept].any(1).sum())
+
+    def discard(self) -> None:
+        """Write no more, and no meta.json: what is there is no shard."""
+        for file in self._files.values():
+            file.close()
 
     def close(self, **meta: Any) -> None:
         """Flush, then write meta.json. A shard without any logprobs becomes one of kind "sequence"."""
@@ -145,7 +155,8 @@ class KDShard(Packed):
     def windows(self, starts: Iterable[int], window: int) -> tuple[Tensor, Tensor, Tensor]:
         """The windows that begin at these tokens, as `PackedData.tokens` counts them.
 
-        Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32.
+        Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32, -inf
+        where an end-of-text stands for a cut.
         Raises UserError for what cannot have been written.
         """
         spans = [slice(start, start + window) for start in starts]
@@ -158,8 +169,8 @@ class KDShard(Packed):
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(wide), torch.from_numpy(logprobs.astype(np.float32))
 
 
-def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A record as a document: ids (T,), top ids (T, k), top logprobs (T, k)."""
+def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """A record as a document: ids (T,), top ids (T, k), top logprobs (T, k), and whether it was cut before its end."""
     ids = np.concatenate([record.prompt_ids, record.sampled_id]).astype(np.int64)
     above = len(record.prompt_ids)
     below = int(not len(ids) or ids[-1] != eot_id)
@@ -167,11 +178,12 @@ def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray
     top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
     top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
     first = int(len(ids) > 1 and ids[0] == eot_id)
-    return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:]
+    cut = bool(below) and (record.source == "score" or record.finish_reason == "length")
+    return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:], cut
 
 
 def pack_answers(
-    answers: Iterable[StoredAnswer],
+    answers: Collection[StoredAnswer] | Store,
     tokenizer: PackingTokenizer,
     output: str | Path,
     *,
@@ -190,7 +202,9 @@ def pack_answers(
     try:
         counts = _pack(answers, tokenizer, temporary, k, val_split, meta)
         if output.exists():
-            KDShard(output / "train")  # refuses to replace what is no shard of ours
+            head = output / "train" / "meta.json"
+            if not head.exists() or "kd_kind" not in read_json(head):
+                raise UserError(f"{output} is no shard of a teacher's answers; name another --output, or remove it")
             shutil.rmtree(output)
         temporary.replace(output)
     finally:
@@ -199,11 +213,13 @@ def pack_answers(
 
 
 def _pack(
-    answers: Iterable[StoredAnswer], tokenizer: PackingTokenizer, folder: Path, k: int, val_split: float, meta: dict[str, Any]
-) -> Counter[str]:
+    answers: Collection[StoredAnswer] | Store, tokenizer: PackingTokenizer, folder: Path, k: int, val_split: float,
+    meta: dict[str, Any],
+) -> Counter[str]:  # fmt: skip
     counts: Counter[str] = Counter()
     table, seen, models = TokenTable(tokenizer), set[bytes](), set[str]()
     writers = {name: KDWriter(folder / name, tokenizer.model_vocab_size, k) for name in ("train", "val")}
+    lowest = 1.0
     for answer in answers:
         try:
             count = len(choices_of(answer.answer))
@@ -216,7 +232,7 @@ def _pack(
             except Misaligned as error:
                 counts[f"left out: {error}"] += 1
                 continue
-            ids, top_ids, top_logprobs = document(record, tokenizer.eot_id)
+            ids, top_ids, top_logprobs, cut = document(record, tokenizer.eot_id)
             if not len(record.sampled_id):
                 counts["left out: empty"] += 1
                 continue
@@ -226,8 +242,16 @@ def _pack(
                 continue
             seen.add(digest)
             models.add(record.model)
-            rank = int.from_bytes(digest[:8], "big") / 2**64
-            writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs)
+            # by the prompt, so that what was written after it lies in one split, however often it was asked
+            prompt = record.prompt_ids[record.prompt_ids != tokenizer.eot_id]
+            source = hashlib.blake2b((prompt if len(prompt) else ids).tobytes(), digest_size=8).digest()
+            rank = int.from_bytes(source, "big") / 2**64
+            lowest = min(lowest, rank)
+            writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs, cut)
+    if 0 < val_split <= lowest < 1:  # so few prompts that none came to validation: the first of them does
+        for writer in writers.values():
+            writer.discard()
+        return _pack(answers, tokenizer, folder, k, math.nextafter(lowest, 1), meta)
     for name, writer in writers.items():
         if not writer.n_docs and (name == "train" or val_split):
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "the store is empty"

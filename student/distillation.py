@@ -68,12 +68,13 @@ class Teacher:
         return ce_w + cfg.kd_w
 
     def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor | None:
-        """The positions (B, T) that learn from the cross-entropy: those without a row, unless --ce_w asks for all (None).
+        """The positions (B, T) that learn from the cross-entropy: those without a row, but for ends where an answer was cut,
+        unless --ce_w asks for all (None).
 
         A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw tells more
         only of the words beyond the row, and `divergence` takes that from it (docs/distillation.md).
         """
-        return (rows[0] < 0).all(-1) if cfg.ce_w is None and rows else None
+        return (rows[0] < 0).all(-1) & ~rows[1].isneginf().all(-1) if cfg.ce_w is None and cfg.kd_w and rows else None
 
     def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None, first: int = 0) -> tuple[Tensor, ...]:
         """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.
@@ -93,8 +94,12 @@ class Teacher:
         """States (B, T, E) -> their mean KL to the teacher's rows; where the cross-entropy leaves them out, the tokens (B, T)
         still tell the words beyond the row apart."""
         ids, logprobs, count = rows
-        drawn = tokens if cfg.ce_w is None else None
-        told: dict[str, Any] = {"top_ids": ids, "top_logprobs": logprobs, "drawn": drawn, "count": count}
+        told: dict[str, Any] = {
+            "top_ids": ids,
+            "top_logprobs": logprobs,
+            "drawn": tokens if cfg.ce_w is None and cfg.kd_w else None,
+            "count": count,
+        }
         return partial(mean_kl, table=table, temperature=self.temperature, **told)
 
     @torch.no_grad()
@@ -142,6 +147,7 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
     prompt = max(1, min(HarvestConfig.prompt_tokens, window // 8))
     wanted = HarvestConfig(
         n_tokens=cfg.kd_tokens,
+        whole_store=True,
         data=cfg.data,
         prompt_tokens=prompt,
         max_new_tokens=max(1, min(HarvestConfig.max_new_tokens, window - prompt - 1)),  # one for the start of text

@@ -23,6 +23,7 @@ from kd import kd_batcher
 from kd.kd_batcher import KDShard, KDWriter
 from kd.losses import bucket_kl, mean_kl
 from kd.records import MISSING
+from kd.store import Store
 from student import baseline, train_student
 from student.baseline import load_token_model
 from student.distillation import Teacher, open_teacher, shift_right
@@ -74,6 +75,17 @@ def test_an_empty_store_is_harvested_first(world: World, at_teacher: Path, capsy
     assert json.loads(captured.out.splitlines()[-1])["kl_to_teacher"] > 0
     content = torch.load(at_teacher / "checkpoints" / "student.pt", weights_only=True)
     assert content["distillation"]["kind"] == "token-level" and content["distillation"]["k"] == 5
+
+
+def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher: Path) -> None:
+    """Answers of another length were paid for, too: only the rest is asked for."""
+    store = at_teacher / "t.sqlite"
+    flags = ["--data", world.data, "--store", store, "--max_new_tokens", 10, "--prompt_tokens", 5, "--concurrency", 1]
+    assert run_script(harvest_script, *flags, "--n_tokens", 1000) == 0
+    flags = [*world.train_flags(at_teacher), *SMALL_LM, *KD, "--kd_store", store, "--ae_ckpt", world.ae, "--max_steps", 1]
+    assert run_script(train_student, *flags) == 0
+    with Store(store) as opened:
+        assert 1200 <= opened.totals().completion_tokens < 1200 + 9 * 32  # up to 8 answers at once, and the probe
 
 
 def test_resume_is_exact(world: World, at_teacher: Path) -> None:
@@ -176,14 +188,19 @@ def test_the_student_s_loss_has_the_kl_at_all_positions_but_pads() -> None:
 
 
 def test_where_the_teacher_told_its_logprobs_the_drawn_token_teaches_nothing() -> None:
-    """--ce_w unset: cross-entropy at positions without a row alone; given: everywhere."""
+    """--ce_w unset: cross-entropy at positions without a row alone, but not where a cut is no end; given: everywhere."""
     model = make_student()
     tokens, pads = torch.randint(2, 320, (2, 12)), torch.tensor([3, 0])
     ids = torch.randint(0, 320, (2, 12, 1))
     ids[:, 8:] = MISSING
-    unset, given = (Teacher.hard(None, LMTrainConfig(ce_w=w), [ids]) for w in (None, 1.0))  # type: ignore[arg-type]
+    logprobs = torch.zeros(2, 12, 1)
+    logprobs[1, 11] = -torch.inf
+    unset, given = (Teacher.hard(None, LMTrainConfig(ce_w=w), [ids, logprobs]) for w in (None, 1.0))  # type: ignore[arg-type]
     assert given is None and unset is not None
-    assert torch.equal(unset, torch.arange(12).expand(2, -1) >= 8)
+    expected = torch.arange(12).expand(2, -1) >= 8
+    assert torch.equal(unset, expected & ~logprobs[..., 0].isneginf())
+    assert Teacher.hard(None, LMTrainConfig(kd_w=0), [ids, logprobs]) is None  # type: ignore[arg-type]  # no KL to do it
+    unset = expected
     part, whole = (student_loss(model, None, tokens, pads, ce_w=1.0, ce_at=at) for at in (unset, None))
     with torch.no_grad():
         nll = model.nll(tokens)

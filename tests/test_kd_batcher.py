@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ae.chunks import PackedData
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.kd_batcher import KDShard, KDWriter, document, pack_answers
+from kd.losses import mean_kl
 from kd.records import MISSING, TeacherRecord
 from kd.store import Store, StoredAnswer
 
@@ -131,12 +134,30 @@ def record(prompt: list[int], sampled: list[int], rows: np.ndarray, logprobs: np
 
 def test_documents() -> None:
     """Row t speaks of token t; the start-of-text goes, the end-of-text comes unless the teacher wrote it."""
-    ids, top_ids, _ = document(record([1, 5], [6, 7], *tops([6, 8], [7, 9])), eot_id=1)
-    assert ids.tolist() == [5, 6, 7, 1]
+    ids, top_ids, _, cut = document(record([1, 5], [6, 7], *tops([6, 8], [7, 9])), eot_id=1)
+    assert ids.tolist() == [5, 6, 7, 1] and not cut
     assert top_ids.tolist() == [[-1, -1], [6, 8], [7, 9], [-1, -1]]
-    ids, top_ids, _ = document(record([1], [6, 1], *tops([6], [1])), eot_id=1)
+    ids, top_ids, _, _ = document(record([1], [6, 1], *tops([6], [1])), eot_id=1)
     assert ids.tolist() == [6, 1]
     assert top_ids.tolist() == [[6], [1]]
+    answer = record([1, 5], [6, 7], *tops([6, 8], [7, 9]))
+    assert [document(dataclasses.replace(answer, finish_reason=r), 1)[3] for r in ("length", "stop", None)] == [
+        True,
+        False,
+        False,
+    ]
+    assert document(dataclasses.replace(answer, source="score"), 1)[3]
+
+
+def test_the_end_of_a_cut_answer_is_marked(tmp_path: Path) -> None:
+    writer = KDWriter(tmp_path, 20, 2)
+    for cut in (True, False):
+        writer.add(np.array([5, 6, 1]), *tops([-1, -1], [6, 8], [-1, -1]), cut)
+    writer.close(**META)
+    tokens, ids, logprobs = KDShard(tmp_path).windows([0], 6)
+    assert torch.equal(logprobs[0].isneginf().all(-1), torch.tensor([False, False, True, False, False, False]))
+    states, table = torch.randn(1, 6, 4), torch.randn(20, 4)
+    assert mean_kl(states, table, ids, logprobs, drawn=tokens).isfinite()
 
 
 def answers(tokenizer: TokenizerAdapter, texts: list[str]) -> list[StoredAnswer]:
