@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint, environment, has_fast_bf16, pick_device, tune_process
 from student import race, speed
 from student.baseline import BackboneConfig, TokenModel, load_token_model
+from student.drawing import Screen, Vocabulary
 from student.race import Ids, Lap
 from student.sampler import Sampler, checkpoint_tokenizer, load_sampler
 from student.student_model import Student, StudentConfig
@@ -78,40 +80,59 @@ class Pair:
     trained: bool
     bits_per_byte: dict[str, float]
 
-    def prompts(self, rows: int, length: int, seed: int) -> list[list[int]]:
-        """Prompts of one length: random ids, since what is written does not matter here."""
-        ids = torch.randint(2, self.tokenizer.size, (rows, length), generator=torch.Generator().manual_seed(seed))
-        stop = set(self.tokenizer.stop_ids) | {self.tokenizer.pad_id}
-        return [[2 if i in stop else i for i in row] for row in ids.tolist()]
+    def model(self, racer: str) -> Student | TokenModel:
+        return self.student if racer.startswith("student") else self.token_model
 
 
-def make_pair(args: argparse.Namespace, device: torch.device, context: int) -> Pair:
-    """The models of --scale. Raises UserError for trained ones whose quality is not told: speed alone says nothing."""
-    if args.scale == "demo":
+def load_trained(args: argparse.Namespace, kind: str, device: torch.device) -> tuple[Any, Any]:
+    """The student or the token-level model that the flags name, and its tokenizer."""
+    if kind == "student":
         sampler = load_sampler(args.student, device=device)
-        model, content = load_token_model(args.baseline)
-        check_fingerprint(content["tokenizer"]["fingerprint"], sampler.tokenizer.fingerprint, args.baseline, args.student)
-        path = Path(args.evaluate or Path(args.student).parent.parent / "evaluate.json")
-        try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
-            bits = {name: figures[key]["bits_per_byte"] for name, key in (("token", "token_model"), ("student", "student"))}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"--race needs the models' bits per byte, from {path}: write it with tools/evaluate.py --student "
-                f"{args.student} --baseline {args.baseline} --data DIR --output FILE, and give --evaluate FILE"
-            ) from None
-        return Pair(sampler.model, model.to(device), sampler.tokenizer, True, bits)
+        return sampler.model, sampler.tokenizer
+    model, content = load_token_model(args.baseline)
+    return model.to(device), checkpoint_tokenizer(content["tokenizer"], args.baseline)
+
+
+def make_untrained(args: argparse.Namespace, kind: str, device: torch.device, positions: int) -> Student | TokenModel:
+    """A model of --scale with random weights and room for `positions` chunks."""
     shape, k = vars(SHAPES[args.scale]).copy(), 8
     own = {name: shape.pop(name) for name in ("latent_dim", "embed_dim")}
     torch.manual_seed(0)
-    base = {**shape, "seq_len": -(-context // k), "k": k}
+    base = {**shape, "seq_len": positions, "k": k}
     with device:
+        if kind == "token":
+            return TokenModel(BackboneConfig(**base)).eval()
         student = Student(StudentConfig(**base, **own, ae_layers=4, local_layers=2, local_window=16, pad_id=1)).eval()
-        model = TokenModel(BackboneConfig(**base)).eval()
     for part in (student.exit, student.local.exit if student.local else None):
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=0.02)  # they start at zero
-    return Pair(student, model, Ids(shape["vocab_size"]), False, {})
+    return student
+
+
+def make_pair(args: argparse.Namespace, device: torch.device, positions: int) -> Pair:
+    """The models of --scale. Raises UserError for trained ones whose quality is not told: speed alone says nothing."""
+    if args.scale != "demo":
+        student, model = (make_untrained(args, kind, device, positions) for kind in ("student", "token"))
+        return Pair(student, model, Ids(SHAPES[args.scale].vocab_size), False, {})
+    (student, tokenizer), (model, other) = (load_trained(args, kind, device) for kind in ("student", "token"))
+    check_fingerprint(other.fingerprint, tokenizer.fingerprint, args.baseline, args.student)
+    path = Path(args.evaluate or Path(args.student).parent.parent / "evaluate.json")
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        bits = {name: figures[key]["bits_per_byte"] for name, key in (("token", "token_model"), ("student", "student"))}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--race needs the models' bits per byte, from {path}: write it with tools/evaluate.py --student "
+            f"{args.student} --baseline {args.baseline} --data DIR --output FILE, and give --evaluate FILE"
+        ) from None
+    return Pair(student, model, tokenizer, True, bits)
+
+
+def prompts_of(tokenizer: Any, rows: int, length: int, seed: int) -> list[list[int]]:
+    """Prompts of one length: random ids, since what is written does not matter here."""
+    ids = torch.randint(2, tokenizer.size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    stop = set(tokenizer.stop_ids) | {tokenizer.pad_id}
+    return [[2 if i in stop else i for i in row] for row in ids.tolist()]
 
 
 # ------------------------------------------------------------------------------------------------------------ race
@@ -119,19 +140,22 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     cells = [(p, b) for p in args.prompt_tokens for b in args.batch]
     new = {b: min(args.max_new_tokens, max(32, 2048 // b)) for b in args.batch}
-    pair = make_pair(args, device, max(args.prompt_tokens) + max(new.values()) + 8)
-    speeds = race.bandwidth(device)
+    most = max(race.positions_for(prompt, new[batch], 8) for prompt, batch in cells)
+    pair = make_pair(args, device, most + 1)
+    if min(new.values()) <= pair.student.cfg.k:
+        raise UserError(f"--max_new_tokens: expected more than a chunk of {pair.student.cfg.k}, got {args.max_new_tokens}")
+    speeds, where = race.bandwidth(device), environment()
+    about = {"bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank, "environment": where}
+    folder = Path(args.output or "runs/race/race.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for prompt, batch in cells:
-        if prompt + new[batch] > pair.student.cfg.context:
+        if race.positions_for(prompt, new[batch], pair.student.cfg.k) > pair.student.cfg.seq_len:
             race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
             continue
         rows += race_cell(args, pair, device, dtype, prompt, batch, new[batch], speeds)
-    where = environment()
-    result = {"rows": rows, "bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank} | {"environment": where}
-    folder = Path(args.output or "runs/race/race.json")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        folder.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n", encoding="utf-8")  # later cells may fail
+    result = {"rows": rows, **about}
     race.plot(rows, folder.with_suffix(".png"))
     kind = "trained" if pair.trained else "untrained shapes: speed only"
     print(
@@ -143,11 +167,11 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps(result))
 
 
-def words_for(args: argparse.Namespace, pair: Pair, batch: int) -> int:
+def words_for(args: argparse.Namespace, batch: int) -> int:
     """Words of the screen: in large batches the exact product, read once for all rows, is cheaper than choosing words."""
     if args.words is not None:
         return args.words
-    return 512 if not pair.trained and batch <= 8 else 0
+    return 512 if args.scale != "demo" and batch <= 8 else 0
 
 
 def race_cell(
@@ -155,16 +179,15 @@ def race_cell(
     speeds: dict[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size and prompt length."""
-    prompts, k, words = pair.prompts(batch, prompt, 0), pair.student.cfg.k, words_for(args, pair, batch)
+    prompts, k, words = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, words_for(args, batch)
     racers: dict[str, race.Racer] = {}
     for name in args.racers:
         torch._dynamo.reset() if not racers else None
         racers[name] = race.make_racer(
-            name, pair.student, pair.token_model, pair.tokenizer, rows=batch, context=prompt + new, dtype=dtype, words=words,
-            rank=args.rank,
+            name, pair.model(name), pair.tokenizer, rows=batch, prompt=prompt, new=new, dtype=dtype, words=words, rank=args.rank
         )  # fmt: skip
         start = time.perf_counter()
-        racers[name].run(prompts, new if name in race.EXTRA else 2 * k, 0)  # its static cache is as long as asked for
+        racers[name].run(prompts, new, 0)  # transformers' static cache is as long as was asked for first
         race.say(f"{args.scale}, batch {batch}, {prompt} prompt tokens: {name} warm after {time.perf_counter() - start:.0f} s")
     laps: dict[str, list[Lap]] = {name: [] for name in racers}
     start = time.perf_counter()
@@ -177,13 +200,13 @@ def race_cell(
     out = []
     for name, runs in laps.items():
         student = name.startswith("student")
-        fast = getattr(getattr(racers[name], "sampler", None), "token_step", None)
+        fast = vocabulary_of(racers[name])
         cfg = pair.student.cfg if student else pair.token_model.cfg
-        flops, read = race.cost(cfg, fast.vocabulary if fast else None, batch, prompt + new // 2, dtype.itemsize)
+        flops, read = race.cost(cfg, fast, batch, prompt + new // 2, dtype.itemsize)
         rate, written = rates[name], [lap.tokens_per_s(batch) for lap in runs]
         steps = runs[0].backbone_steps
         out.append({
-            "scale": args.scale, "racer": name, "words": words if fast else 0,
+            "scale": args.scale, "racer": name, "words": words if isinstance(fast, Screen) else 0,
             "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
             "tokens_per_s": rate, "tokens_per_s_range": [min(written), max(written)], "repeats": len(runs),
             "ms_per_step": 1000 * batch * (k if student else 1) / rate,
@@ -194,6 +217,14 @@ def race_cell(
             "ratio_to_compiled_token_model": rate / rates["token-compiled"] if "token-compiled" in rates else None,
         })  # fmt: skip
     return out
+
+
+def vocabulary_of(racer: Any) -> Vocabulary | None:
+    """What a racer on the fast path multiplies by; None for transformers' own product."""
+    step = getattr(getattr(racer, "sampler", None), "token_step", None) or getattr(
+        getattr(racer, "model", None), "program", None
+    )
+    return getattr(step, "vocabulary", None)
 
 
 def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int) -> float | None:
@@ -213,22 +244,33 @@ def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int) -> flo
 
 
 def print_peak(args: argparse.Namespace, device: torch.device) -> None:
-    """What `peak_of` starts: load, continue once, print the peak."""
+    """What `peak_of` starts: load one model, continue once, print the peak."""
     if args.race:
         dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
         batch, prompt = args.batch[0], args.prompt_tokens[0]
-        pair = make_pair(args, device, prompt + 40)
-        words = words_for(args, pair, batch)
+        kind = args.peak_of.split("-")[0]
+        if args.scale == "demo":
+            model, words_of = load_trained(args, kind, device)
+        else:
+            model, words_of = make_untrained(args, kind, device, prompt + 40), Ids(SHAPES[args.scale].vocab_size)
+        words = words_for(args, batch)
         racer = race.make_racer(
-            args.peak_of, pair.student, pair.token_model, pair.tokenizer, rows=batch, context=prompt + 32, dtype=dtype,
-            words=words, rank=args.rank,
-        )  # fmt: skip
-        racer.run(pair.prompts(batch, prompt, 0), 32, 0)
+            args.peak_of, model, words_of, rows=batch, prompt=prompt, new=32, dtype=dtype, words=words, rank=args.rank
+        )
+        racer.run(prompts_of(words_of, batch, prompt, 0), 32, 0)
     else:
         racer, tokenizer = eager_racer(args.peak_of, args, device)
         racer.run([tokenizer.encode(args.prompts[0])], args.max_new_tokens, 0)
     gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
-    print(gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(gpu or own_peak())
+
+
+def own_peak() -> float:
+    """The largest resident memory of this process, MiB. (The system's ru_maxrss begins with that of the parent.)"""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- eager

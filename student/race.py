@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from student.baseline import BackboneConfig, TokenModel
 from student.drawing import NEIGHBOURS, Screen, Vocabulary
@@ -32,7 +31,7 @@ from student.sampler import Sampler, SamplingParams
 from student.student_model import Student, StudentConfig
 
 RACERS = ("token-eager", "token-compiled", "student-eager", "student-compiled")
-EXTRA = ("token-generate-compiled",)
+EXTRA = ("token-generate-compiled", "token-compiled-screen")
 Prompts = Sequence[Sequence[int]]
 
 
@@ -157,10 +156,12 @@ class TokenEager:
 
 
 class TokenCompiled:
-    """The token-level model on our own fast path: the baseline that counts."""
+    """The token-level model on our own fast path: the baseline that counts. words, rank: with the student's screen."""
 
-    def __init__(self, model: TokenModel, dtype: torch.dtype, rows: int, positions: int) -> None:
-        self.model = FastTokenModel(model, slots=rows, positions=positions, dtype=dtype)
+    def __init__(
+        self, model: TokenModel, dtype: torch.dtype, rows: int, positions: int, words: int = 0, rank: int = 0
+    ) -> None:  # fmt: skip
+        self.model = FastTokenModel(model, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank)
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
         params, model = settings(new, seed), self.model
@@ -214,23 +215,25 @@ def _student_lap(sampler: Sampler, prompts: Prompts, new: int, seed: int) -> tup
 
 
 def make_racer(
-    name: str, student: Student, token_model: TokenModel, tokenizer: TokenizerAdapter, *, rows: int, context: int,
-    dtype: torch.dtype, words: int, rank: int,
+    name: str, model: Student | TokenModel, tokenizer: Any, *, rows: int, prompt: int, new: int, dtype: torch.dtype, words: int,
+    rank: int,
 ) -> Racer:  # fmt: skip
-    """A racer for `rows` rows of `context` tokens, prompt and continuation together."""
-    if name == "token-eager":
-        return TokenEager(token_model, dtype)
-    if name == "token-generate-compiled":
-        return TokenEager(token_model, dtype, static=True)
-    if name == "token-compiled":
-        return TokenCompiled(token_model, dtype, rows, context)
+    """A racer for `rows` rows of `prompt` tokens and `new` ones behind them. Raises UserError for an unknown name."""
+    if name not in (*RACERS, *EXTRA):
+        raise UserError(f"--racers {name}: expected {', '.join((*RACERS, *EXTRA))}")
+    if isinstance(model, TokenModel):
+        if name in ("token-eager", "token-generate-compiled"):
+            return TokenEager(model, dtype, static=name == "token-generate-compiled")
+        return TokenCompiled(model, dtype, rows, prompt + new, words if name == "token-compiled-screen" else 0, rank)
     if name == "student-eager":
-        return StudentEager(Sampler(copy.deepcopy(student).to(dtype), tokenizer))
-    if name == "student-compiled":
-        positions = -(-context // student.cfg.k)
-        fast = FastSampler(student, tokenizer, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank)
-        return StudentCompiled(fast)
-    raise UserError(f"--racers {name}: expected {', '.join((*RACERS, *EXTRA))}")
+        return StudentEager(Sampler(copy.deepcopy(model).to(dtype), tokenizer))
+    positions = positions_for(prompt, new, model.cfg.k)
+    return StudentCompiled(FastSampler(model, tokenizer, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank))
+
+
+def positions_for(prompt: int, new: int, k: int) -> int:
+    """Chunks that a prompt and what is written behind it take."""
+    return -(-prompt // k) + -(-new // k)
 
 
 def cost(cfg: BackboneConfig, vocabulary: Vocabulary | None, rows: int, context: int, width: int) -> tuple[float, float]:

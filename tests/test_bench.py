@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import World, make_student, make_token_model, run_script
+from conftest import ROOT, World, make_student, make_token_model, run_script
 
 import bench
 from student import race, speed
@@ -50,9 +53,32 @@ def test_the_race(uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_race_of_odd_lengths_and_of_the_same_screen(
+    uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompt and continuation are rounded up to chunks one by one; the token-level model may have the student's screen."""
+    racers = ["token-compiled", "token-compiled-screen", "student-compiled"]
+    flags = ["--race", "--scale", "tiny", "--prompt_tokens", 33, "--repeats", 1, "--words", 64, "--rank", 8, "--memory", "none"]
+    flags += ["--device", "cpu", "--output", tmp_path / "race.json", "--racers", *racers]
+    assert run_script(bench, *flags, "--max_new_tokens", 8) == 2
+    assert "expected more than a chunk of 8, got 8" in capsys.readouterr().err
+    assert run_script(bench, *flags, "--max_new_tokens", 33) == 0
+    rows = {row["racer"]: row for row in json.loads((tmp_path / "race.json").read_text())["rows"]}
+    assert [rows[name]["words"] for name in racers] == [0, 64, 64]
+    assert rows["token-compiled-screen"]["bytes_per_token"] < rows["token-compiled"]["bytes_per_token"]
+
+
+def test_the_peak_is_the_childs_own() -> None:
+    """A child of a process that has touched a GiB reports its own memory."""
+    touched = torch.ones(1 << 28)
+    command = [sys.executable, "-c", "import bench; print(bench.own_peak())"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert 50 < float(done.stdout) < 900 < bench.own_peak(), (done.stderr, touched.numel())
+
+
 def test_the_race_of_trained_models(uncompiled: None, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Quality stands beside speed, or there is no race; lengths beyond the context are left out and said."""
-    flags = ["--race", "--student", world.student, "--baseline", world.token_model, "--max_new_tokens", 8, "--repeats", 1]
+    flags = ["--race", "--student", world.student, "--baseline", world.token_model, "--max_new_tokens", 9, "--repeats", 1]
     flags += ["--memory", "none", "--device", "cpu", "--output", tmp_path / "r.json", "--prompt_tokens", 4, 400]
     assert run_script(bench, *flags) == 2
     assert "--race needs the models' bits per byte" in capsys.readouterr().err
