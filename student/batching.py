@@ -66,7 +66,7 @@ class Job:
     index: int = 0  # the asker's own number
 
     token_ids: list[int] = field(default_factory=list)  # written so far
-    ended: int | None = None  # the end-of-text token, where one ended the row
+    ended: int | None = None  # the end-of-text token, where one ended the row (`Chunk.ended`)
     latent_steps: int = 0
     finish_reason: str = ""
     submitted: float = 0.0
@@ -254,18 +254,14 @@ class Batcher:
 
     def _accept(self, job: Job, chunk: Chunk, now: float) -> None:
         """Note a chunk and pass it on; a row's last one frees its slot."""
-        assert job.params is not None
-        kept, left = len(chunk.token_ids), job.params.max_new_tokens - len(job.token_ids)
-        self.observer.wrote(job, kept, now - (job.last_chunk or job.submitted))
+        self.observer.wrote(job, len(chunk.token_ids), now - (job.last_chunk or job.submitted))
         job.token_ids += chunk.token_ids
         job.latent_steps += 1
         job.first_chunk, job.last_chunk = job.first_chunk or now, now
         slot, chunk.row = chunk.row, job.index
         if chunk.finish_reason is None:
             return self._emit(job, chunk)
-        if chunk.finish_reason == "stop" and kept < min(self.sampler.cfg.k, left):
-            job.ended = self.sampler.tokenizer.eot_id  # a stop string keeps the chunk whole
-        job.finish_reason = chunk.finish_reason
+        job.finish_reason, job.ended = chunk.finish_reason, chunk.ended
         self._running.pop(slot)
         self._row_seconds += 0.1 * (now - job.joined - self._row_seconds)
         self._emit(job, chunk)

@@ -133,7 +133,7 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         settings: fields of a GenerationConfig, of which sampling (do_sample, temperature, top_p, top_k), lengths
         (max_new_tokens, max_length), eos_token_id, pad_token_id and num_return_sequences are followed; any other that is set
         raises UserError. Row i draws from `seed` + i, as in this model's own repository; without one, from a seed that
-        torch's generator gives. A row that ends early is closed by the (first) eos_token_id, and filled with pads.
+        torch's generator gives. A row that ends early is closed by its eos_token_id, and filled with pads.
         streamer: gets the new tokens of each step.
         """
         config = self._settings(generation_config, settings)
@@ -162,9 +162,7 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
             streamer.put(input_ids.cpu())
         written: list[list[int]] = [[] for _ in prompts]
         for chunk in sampler.stream(prompts, params):
-            ids = chunk.token_ids
-            if chunk.finish_reason == "stop" and len(written[chunk.row]) + len(ids) < new:
-                ids = [*ids, stops[0]]
+            ids = chunk.token_ids if chunk.ended is None else [*chunk.token_ids, chunk.ended]
             written[chunk.row] += ids
             if streamer is not None:
                 streamer.put(torch.tensor(ids))

@@ -64,6 +64,7 @@ class Chunk:
     token_ids: list[int]
     text: str
     finish_reason: str | None = None  # "stop": end of text or a stop string; "length": max_new_tokens
+    ended: int | None = None  # the token that ended the row, of the tokenizer's stop_ids; None where there was no room for it
 
 
 @dataclass
@@ -214,16 +215,17 @@ class Sampler:
 
     def _accept(self, row: Row, ids: list[int]) -> Chunk:
         """What of a chunk a row keeps: nothing past its end of text, its stop string or its last token."""
-        reason, params = None, row.params
-        ended = next((j for j, i in enumerate(ids) if i in self.tokenizer.stop_ids), None)
-        if ended is not None and not params.ignore_eot:
-            ids, reason = ids[:ended], "stop"
+        reason, ended, params = None, None, row.params
         left = params.max_new_tokens - row.tokens
+        end = next((j for j, i in enumerate(ids) if i in self.tokenizer.stop_ids), None)
+        if end is not None and not params.ignore_eot:
+            ended = ids[end] if end < left else None
+            ids, reason = ids[:end], "stop"
         if (len(ids) >= left and reason is None) or len(ids) > left:
             ids, reason = ids[:left], "length"
         row.tokens += len(ids)
         text, stopped = row.text.push(ids, last=reason is not None)
-        return Chunk(row.index, ids, text, "stop" if stopped else reason)
+        return Chunk(row.index, ids, text, "stop" if stopped else reason, None if stopped else ended)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> _State:
         """One pass over the prompts, right-aligned: row b's first chunk stands at index begin[b]."""

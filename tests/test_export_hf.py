@@ -279,6 +279,9 @@ def test_generate_follows_lengths_copies_ends_and_the_global_seed(model: LatentF
     end = plain[7]
     cut = model.generate(ids.repeat(2, 1), max_new_tokens=6, do_sample=False, eos_token_id=end)
     assert cut[0].tolist() == plain[: plain.index(end, 5) + 1]
+    unused = next(id for id in range(2, 300) if id not in plain)
+    either = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=[unused, end])
+    assert either[0].tolist() == cut[0].tolist()  # closed by the one that it met
     draws = []
     for _ in range(2):
         torch.manual_seed(7)

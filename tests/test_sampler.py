@@ -141,6 +141,23 @@ def test_end_of_text() -> None:
     assert (out.token_ids, out.finish_reason) == ([5, 0, 7], "length")
 
 
+@pytest.mark.parametrize(
+    ("ids", "params", "ended"),
+    [
+        ([5, 6, 7, 4, 5, 0], SamplingParams(40), 4),
+        ([5, 6, 7, 8, 0, 4], SamplingParams(40), 0),
+        ([5, 6, 7, 4], SamplingParams(3), None),  # it would be a fourth token
+        ([5, 6, 4, 7], SamplingParams(40, stop=("g",)), None),  # id 6: the text ends before the token could end it
+        ([5, 6, 4, 7], SamplingParams(4, ignore_eot=True), None),
+    ],
+)
+def test_a_chunk_tells_which_token_ended_its_row(ids: list[int], params: SamplingParams, ended: int | None) -> None:
+    sampler = Scripted(ids)
+    sampler.tokenizer.stop_ids = frozenset({0, 4})
+    *others, last = sampler.stream([[3]], params)
+    assert last.ended == ended and {chunk.ended for chunk in others} <= {None}
+
+
 def test_stop_strings_never_show() -> None:
     pieces = {2: b"abc", 3: b"d\n", 4: b"\nde", 5: b"f", 6: b"\n"}
     ids = [2, 3, 5, 6, 5, 6, 6, 5]  # abcd\nf\nf\n\nf
