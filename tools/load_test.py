@@ -4,7 +4,8 @@
     python tools/load_test.py --url http://127.0.0.1:7860 --seconds 60 --clients 1 32 64 --disconnect 0.2
 
 First each kind of request is asked alone, for the text to expect. Then, for each number of clients, that many ask one
-request after the other; some hang up within their stream. /health is asked all the while: its time is the event loop's.
+request after the other; some hang up within their stream. /health is asked all the while: its time is the event loop's,
+and what it does not answer with 200 counts as failed.
 Prints a table and, last, one JSON line; exit code 1 where an answer was wrong, a request failed, or a place was not freed.
 """
 
@@ -19,6 +20,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,20 +145,29 @@ async def phase(
     async def health() -> None:
         while True:
             start = time.perf_counter()
-            (await client.get("/health")).raise_for_status()
-            tally.health.append(time.perf_counter() - start)
+            try:
+                (await client.get("/health")).raise_for_status()
+            except httpx.HTTPError:
+                tally.failed += 1
+            finally:  # one that hangs until the phase ends counts, too
+                tally.health.append(time.perf_counter() - start)
             await asyncio.sleep(0.05)
 
     start, watching = time.perf_counter(), asyncio.ensure_future(health())
     await asyncio.gather(*(one(i) for i in range(clients)))
     tally.seconds = time.perf_counter() - start
     watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
     return tally
 
 
 async def resident(client: httpx.AsyncClient) -> int:
-    """The server's memory, bytes; 0 where it does not tell."""
-    found = re.search(r"^process_resident_memory_bytes (\S+)", (await client.get("/metrics")).text, re.M)
+    """The server's memory, bytes; 0 where its system does not tell. Raises UserError where /metrics is refused."""
+    answer = await client.get("/metrics")
+    if answer.status_code != 200:
+        raise UserError(f"{answer.url}: expected 200, got {answer.status_code}; see the server's log for why")
+    found = re.search(r"^process_resident_memory_bytes (\S+)", answer.text, re.M)
     return int(float(found[1])) if found else 0
 
 
