@@ -136,6 +136,7 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
         with draining(batcher, cfg.grace_s):
             yield
         batcher.drain(cfg.grace_s)
+        # Before it is ready the batcher has no rows, and its thread may still compile for minutes.
         dropped = await asyncio.to_thread(batcher.join, cfg.grace_s + SLACK) if batcher.ready.is_set() else 0
         log.info("shut down; %s", f"{dropped} rows were dropped unfinished" if dropped else "every row was finished")
 
@@ -182,7 +183,7 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
     @app.post("/generate", response_model=api.GenerateAnswer, responses=STREAMED, dependencies=locked)
     async def generate(request: Request, body: api.GenerateRequest) -> Response:
         """Continue a prompt. With `stream`, server-sent events: `chunk` each latent step, then `done`, or `error`."""
-        ask = service.ask(body, [await service.encode(body.prompt)], body.max_new_tokens)
+        ask = service.ask(body, await service.prompts(body.prompt), body.max_new_tokens)
         if body.stream:
             return Events(ask, generate_events(service, ask, request_id(request)))
         await collect(request, ask)
@@ -240,12 +241,6 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
             return json_answer(error_content(400, "the body is not JSON", request_id(request)), 400)
         field = str(found["loc"][1]) if len(found["loc"]) > 1 else None
         return json_answer(error_content(422, f"{field or 'body'}: {found['msg']}", request_id(request), field), 422)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        name = request_id(request)
-        log.error("%s failed: %s", name, type(error).__name__, exc_info=error)
-        return json_answer(error_content(500, f"the server failed on this request; the log has more under {name}", name), 500)
 
     page_bytes = (ROOT / "web" / "index.html").read_bytes()
     card = {

@@ -52,6 +52,7 @@ def serve(tokenizer: TokenizerAdapter, key: str | None = None, **settings: Any) 
     metrics = Metrics()
     batcher = Batcher(sampler, model, max_queue=cfg.max_queue, prefill_rows=cfg.prefill_rows, observer=metrics)
     metrics.watch(batcher)
+    wait_for(batcher.ready.is_set)
     service = Service(batcher, cfg, str(cfg.model_name))
     return Served(server.make_app(service, metrics, key), service, model, metrics)
 

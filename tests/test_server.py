@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -183,6 +184,18 @@ def test_a_row_that_ends_itself_scores_its_end(
     assert {len(choice["logprobs"]["token_logprobs"]) for choice in choices} == {len(tokenizer.encode(PROMPT)) + 1}
 
 
+def test_every_end_scores_as_itself(client: TestClient, tokenizer: TokenizerAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of stop_ids ends a row, and what is scored is the one that was drawn: written greedily, the likeliest token."""
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset(range(0, 320, 2)))
+    body = {"prompt": [[5], [6], [7], [8]], "max_tokens": 30, "temperature": 0, "logprobs": 1}
+    answer = ask(client, **body)
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+    shown = [choice["logprobs"] for choice in answer["choices"]]
+    assert sum(len(row["tokens"]) for row in shown) == answer["usage"]["completion_tokens"] + len(shown)
+    for row in shown:
+        assert row["token_logprobs"] == [max(top.values()) for top in row["top_logprobs"]]
+
+
 def test_a_streamed_completion(client: TestClient) -> None:
     body = {"prompt": [PROMPT, "x"], "max_tokens": 13, "seed": 3, "echo": True, "logprobs": 1}
     whole = ask(client, **body)
@@ -276,6 +289,40 @@ def test_a_body_too_large(tokenizer: TokenizerAdapter) -> None:
             client.post("/generate", content=iter([big[:900], big[900:]]), headers=headers).status_code == 413
         )  # no length told
         assert client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
+
+
+def test_many_prompts_leave_the_event_loop_free(
+    served: Served, client: TestClient, tokenizer: TokenizerAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is short, together they are long: encoded in a thread that is not the event loop's."""
+    on_the_loop: list[bool] = []
+    encode = tokenizer.encode
+
+    def watched(text: str) -> list[int]:
+        on_the_loop.append(asyncio._get_running_loop() is not None)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    for prompt, expected in ((["x" * 200] * 30, [False] * 30), (["x"] * 3, [True] * 3)):
+        on_the_loop.clear()
+        ask(client, prompt=prompt, max_tokens=1)
+        assert on_the_loop == expected
+
+
+def test_a_failure_of_the_server_itself(tokenizer: TokenizerAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    """A 500 passes the guard like any answer: its id and headers, its line in the log, its count."""
+    it = serve(tokenizer)
+    it.service.tokenizer = None  # type: ignore[assignment]
+    with TestClient(it.app) as client, caplog.at_level(logging.INFO):
+        answer = client.post("/generate", json={"prompt": "x"})
+        counted = client.get("/metrics").text
+    name = answer.headers["x-request-id"]
+    assert (answer.status_code, answer.headers["x-content-type-options"]) == (500, "nosniff")
+    assert (answer.json()["error"]["type"], answer.json()["error"]["request_id"]) == ("server_error", name)
+    assert 'latentforge_requests_total{path="/generate",status="500"} 1.0' in counted
+    logged = [record for record in caplog.records if name in record.getMessage()]
+    assert [(record.levelname, bool(record.exc_info)) for record in logged] == [("ERROR", True), ("INFO", False)]
+    assert "POST /generate 500" in logged[1].getMessage()
 
 
 def test_the_key(tokenizer: TokenizerAdapter) -> None:

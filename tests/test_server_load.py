@@ -6,17 +6,19 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 from conftest import World
 from fastapi.testclient import TestClient
 from served import Served, listening, serve, wait_for
@@ -183,6 +185,51 @@ def test_load_with_clients_that_leave(tokenizer: TokenizerAdapter) -> None:
     assert (row["wrong"], row["failed"], result["left"]) == (0, 0, 0)
 
 
+def fake_phase(health: Callable[[], Awaitable[httpx.Response]]) -> load_test.Tally:
+    """0.4 s of the load test against a server that does nothing wrong but in its /health."""
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return await health()
+        await asyncio.sleep(0.02)
+        return httpx.Response(200, text='event: chunk\ndata: {"text": "a", "token_ids": [1]}\n\nevent: done\ndata: {}\n\n')
+
+    async def run() -> load_test.Tally:
+        async with httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(respond)) as client:
+            return await load_test.phase(client, 2, 0.4, 0, [{}], ["a"])
+
+    return asyncio.run(run())
+
+
+def test_the_load_test_sees_a_health_that_fails() -> None:
+    async def failing() -> httpx.Response:
+        return httpx.Response(500)
+
+    async def lost() -> httpx.Response:
+        raise httpx.ReadError("reset")
+
+    async def hanging() -> httpx.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    for health in (failing, lost):
+        tally = fake_phase(health)
+        assert tally.answers > 5 and tally.wrong == 0
+        assert tally.failed == len(tally.health) > 1
+    [seconds] = fake_phase(hanging).health
+    assert 0.3 < seconds < 10
+
+
+def test_the_load_test_does_not_read_an_error_as_no_memory() -> None:
+    async def run() -> None:
+        transport = httpx.MockTransport(lambda _: httpx.Response(500))
+        async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
+            await load_test.resident(client)
+
+    with pytest.raises(UserError, match="/metrics: expected 200, got 500"):
+        asyncio.run(run())
+
+
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(
@@ -235,6 +282,18 @@ def test_what_clients_are_told(tokenizer: TokenizerAdapter, monkeypatch: pytest.
         asyncio.run(run(url))
 
 
+def test_nothing_is_taken_while_the_step_is_compiled(tokenizer: TokenizerAdapter) -> None:
+    """Deadlines and the grace are the batcher's thread's, which compiles: so a row is refused rather than forgotten."""
+    it = serve(tokenizer)
+    it.batcher.ready.clear()  # as it is until the step is compiled
+    with TestClient(it.app) as client:
+        answer = client.post("/generate", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "starting", "5")
+        it.batcher.drain(0)
+        closing = client.post("/generate", json={"prompt": "x"})
+        assert (closing.status_code, closing.json()["error"]["code"]) == (503, "closing")
+
+
 def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """YAML < environment < flags."""
     for name in [name for name in os.environ if name.startswith("SERVE_") or name.endswith("_CHECKPOINT")]:
@@ -255,6 +314,22 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SERVE_SLOTS", "many")
     with pytest.raises(UserError, match="slots: expected int"):
         server.settings([])
+
+
+def test_compose_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compose.yaml passes on by default are settings, and the fast path is among them."""
+    passed = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["server"]["environment"]
+    for name in [name for name in os.environ if name.startswith("SERVE_")]:
+        monkeypatch.delenv(name)
+    for name, value in passed.items():
+        found = re.fullmatch(r"\$\{(\w+):-(.*)\}", value)
+        assert found and found[1] == name
+        monkeypatch.setenv(name, found[2])
+    cfg = server.settings([])
+    assert (cfg.compile, cfg.slots) == (None, 32)  # None: auto
+    assert {name for name in passed if name != server.KEY} == {
+        f"SERVE_{field.upper()}" for field in server.from_environment(os.environ)
+    }
 
 
 def start(world: World, *command: str, **environment: str) -> subprocess.Popen[str]:

@@ -55,12 +55,12 @@ class Guard:
             return await self.app(scope, receive, send)
         start, name = time.monotonic(), f"req-{uuid.uuid4().hex}"
         scope["request_id"] = name
-        status = 499  # stays where the client goes before an answer
+        status, started = 499, False  # 499 stays where the client goes before an answer
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = name
                 headers["x-content-type-options"] = "nosniff"
@@ -71,6 +71,12 @@ class Guard:
                 await refused(scope, receive, answer)
             else:
                 await self.app(scope, self._limited(receive), answer)
+        except Exception as error:  # here, as Starlette's handler for the rest would answer outside of this middleware
+            if started:
+                raise
+            log.error("%s failed: %s", name, type(error).__name__, exc_info=error)
+            message = f"the server failed on this request; the log has more under {name}"
+            await json_answer(error_content(500, message, name), 500)(scope, receive, answer)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()

@@ -16,7 +16,7 @@ from student.sampler import Chunk, SamplingParams
 from student.scoring import Scores
 from web.protocol import ChatRequest, CompletionRequest, OpenAIRequest, Refused, Sampling
 
-LONG_TEXT = 4096  # characters from which a text is encoded off the event loop
+LONG_TEXT = 4096  # characters, of all of a request's prompts, beyond which they are encoded off the event loop
 IDLE_SECONDS = 10.0  # after which a stream says that it is alive
 DIGITS = 6  # of a log probability
 
@@ -84,30 +84,30 @@ class Service:
         self.k, self.context, self.created = batcher.sampler.cfg.k, batcher.sampler.room(0), int(time.time())
 
     # --------------------------------------------------------------------------------------------- requests
-    async def encode(self, text: str) -> list[int]:
-        """Ids of a prompt; an empty one is the end of the text before. Raises Refused where it is surely too long."""
-        longest = self.context * max(1, int(self.tokenizer.byte_lengths.max()))
-        if len(text) > longest:
-            raise Refused(
-                400, f"the prompt has {len(text)} characters; the context of {self.context} tokens holds less", "prompt",
-                "context_length_exceeded",
-            )  # fmt: skip
-        try:
-            if len(text) > LONG_TEXT:
-                return await asyncio.to_thread(self.tokenizer.encode, text)
-            return self.tokenizer.encode(text) or [self.tokenizer.eot_id]
-        except UserError as error:
-            raise Refused(400, str(error), "prompt") from None
-
     async def prompts(self, prompt: Any) -> list[list[int]]:
-        """The ids of a prompt in any of its forms: text, ids, or a list of either."""
-        if isinstance(prompt, str):
-            return [await self.encode(prompt)]
-        if isinstance(prompt[0], int):
+        """The ids of a prompt in any of its forms: text, ids, or a list of either. Raises Refused for what is surely too long.
+
+        An empty text is the end of the text before.
+        """
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
         if len(prompt) > self.cfg.max_choices:
             raise Refused(400, f"{len(prompt)} prompts: at most {self.cfg.max_choices} a request", "prompt")
-        return [await self.encode(one) if isinstance(one, str) else list(one) for one in prompt]
+        lengths = [len(one) for one in prompt if isinstance(one, str)]
+        if (longest := max(lengths, default=0)) > self.context * max(1, int(self.tokenizer.byte_lengths.max())):
+            raise Refused(
+                400, f"the prompt has {longest} characters; the context of {self.context} tokens holds less", "prompt",
+                "context_length_exceeded",
+            )  # fmt: skip
+
+        def encoded() -> list[list[int]]:
+            encode, empty = self.tokenizer.encode, [self.tokenizer.eot_id]
+            return [(encode(one) or empty) if isinstance(one, str) else list(one) for one in prompt]
+
+        try:
+            return await asyncio.to_thread(encoded) if sum(lengths) > LONG_TEXT else encoded()
+        except UserError as error:
+            raise Refused(400, str(error), "prompt") from None
 
     def encode_chat(self, body: ChatRequest) -> list[int]:
         """Ids of a chat up to where the assistant answers."""
@@ -124,8 +124,11 @@ class Service:
     ) -> Ask:  # fmt: skip
         """Hand the rows of a request to the batcher, a prompt's n side by side. Raises Refused where it asks too much.
 
-        new: tokens to write; None: as many as there is room for.
+        new: tokens to write; None: as many as there is room for. Nothing is taken while the step is being compiled: the
+        batcher's thread, which holds rows to their deadlines, is busy with it.
         """
+        if not self.batcher.ready.is_set() and not self.batcher.closing:
+            raise Refused(503, "the model is starting", code="starting", retry_after=5)
         if isinstance(body, OpenAIRequest) and body.model not in (None, self.name):
             message = f"the model {body.model!r} does not exist; this server has {self.name!r}"
             raise Refused(404, message, "model", "model_not_found")
