@@ -31,7 +31,7 @@ from ae.ae_model import load_ae
 from ae.chunks import PackedData, PackedWriter, TrainWindows
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
-from configs.run import Run, save_checkpoint
+from configs.run import Run, load_state, save_checkpoint
 from configs.schema import StudentTrainConfig, as_dict, config_from, read_yaml
 from kd.kd_batcher import KDShard, KDWriter
 from kd.local_teacher import ServeConfig, load_teacher
@@ -276,6 +276,7 @@ KINDS: dict[str, tuple[list[str], Damage | None, Callable[[Path], object]]] = {
     "ae": (["ae.pt"], damaged_checkpoint, lambda folder: load_ae(folder / "ae.pt")),
     "student": (["student.pt"], damaged_checkpoint, load_student_and_tokenizer),
     "token_model": (["token_model.pt"], damaged_checkpoint, lambda folder: load_token_model(folder / "token_model.pt")),
+    "state": (["ae.state.pt"], None, lambda folder: load_state(folder / "ae.state.pt", "ae.state", lambda line: None)),
     "metrics": (["metrics.jsonl"], damaged_lines, load_metrics),
 }
 
@@ -307,6 +308,14 @@ def make_files(kind: str, folder: Path, packed: World) -> None:
         (folder / "config.json").write_text('{"vocab_size": 384, "text_config": {"vocab_size": 384}}')
     elif kind == "config":
         shutil.copy(ROOT / "configs" / "demo_student.yaml", folder / "c.yaml")
+    elif kind == "state":
+        model = make_ae()
+        optimizer = torch.optim.AdamW(model.parameters())
+        torch.stack([x.sum() for x in model.parameters()]).sum().backward()
+        optimizer.step()
+        about = {"config": as_dict(model.cfg), "train_config": {"lr": 1e-3}, "step": 1}
+        content = {**about, "state": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(folder / "ae.state.pt", "ae.state", content)
     elif kind in MODELS:
         model = MODELS[kind]()
         shutil.copytree(packed.root / "tokenizer", folder / "tokenizer")
