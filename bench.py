@@ -113,6 +113,7 @@ def make_pair(args: argparse.Namespace, device: torch.device, positions: int) ->
     """The models of --scale. Raises UserError for trained ones whose quality is not told: speed alone says nothing."""
     if args.scale != "demo":
         student, model = (make_untrained(args, kind, device, positions) for kind in ("student", "token"))
+        assert isinstance(student, Student) and isinstance(model, TokenModel)
         return Pair(student, model, Ids(SHAPES[args.scale].vocab_size), False, {})
     (student, tokenizer), (model, other) = (load_trained(args, kind, device) for kind in ("student", "token"))
     check_fingerprint(other.fingerprint, tokenizer.fingerprint, args.baseline, args.student)

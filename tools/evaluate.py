@@ -188,8 +188,8 @@ def evaluate_energy(model: Student, data: PackedData, limit: int | None, device:
         h = model.backbone_states(tokens.to(device))[:, skipped:]  # (B, L - skipped, H)
         two = [model.ae.logits(model.ae.decode(model.exit(h))).argmax(-1).cpu() for _ in range(2)]
         samples.append(torch.stack([*two, tokens.unflatten(1, (-1, model.cfg.k))[:, skipped:]]))
-    first, second, truth = torch.cat(samples, dim=1)
-    brier = brier_by_samples(first, second, truth)
+    one, other, truth = torch.cat(samples, dim=1)
+    brier = brier_by_samples(one, other, truth)
     return dict.fromkeys(("bits_per_byte", "nats_per_token", "brier_lm_all", "nll_by_position")) | {"brier_lm": brier}
 
 

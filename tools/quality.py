@@ -191,11 +191,11 @@ def write_quality(
             curves.setdefault(row["name"], []).append(points)
     if curves:
         quality_curves(curves, folder / f"quality_{name}.png")
-    points = {e["name"]: (e["backbone_steps_per_token"], e["bits_per_byte"]) for e in entries if e["bits_per_byte"]}
-    points = {key: point for key, point in points.items() if point[0]}  # without latents there is no backbone
+    places = {e["name"]: (e["backbone_steps_per_token"], e["bits_per_byte"]) for e in entries if e["bits_per_byte"]}
+    places = {key: place for key, place in places.items() if place[0]}  # without latents there is no backbone
     plots = [f"quality_{name}.png"] if curves else []
-    if len({place for place, _ in points.values()}) > 2:  # of several K
-        frontier(points, folder / f"frontier_{name}.png")
+    if len({steps for steps, _ in places.values()}) > 2:  # of several K
+        frontier(places, folder / f"frontier_{name}.png")
         plots.append(f"frontier_{name}.png")
     text = section(name, source, rows, entries, missing, plots)
     path = folder / "quality.json"
