@@ -76,6 +76,7 @@ class Student(nn.Module):
         if cfg.head == "direct" and cfg.local_decoder != "none":
             self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window)
         if cfg.latents == "none":
+            self.ae.encoder.requires_grad_(False)  # nothing reads it
             return
         self.enter = nn.Linear(cfg.latent_dim, cfg.hidden_dim, bias=False)
         self.enter_norm = nn.RMSNorm(cfg.hidden_dim, eps=1e-6)

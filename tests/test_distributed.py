@@ -69,6 +69,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sharded = ("--fsdp", "--activation_checkpointing", "--grad_accum", 2)
     done = torchrun(
         ["student", *flags_of(world, root / "student-2x2", *student, "--grad_accum", 2)],
+        ["student", *flags_of(world, root / "local-only", *student, "--latents", "none")],  # what nothing reads has no gradient
         ["student", *flags_of(world, root / "student-fsdp", *student, "--fsdp")],
         ["token_model", *flags_of(world, root / "token_model-fsdp", *half, *sharded)],
         ["token_model", *flags_of(world, root / "token_model-fsdp", *token_model, *sharded, "--resume")],
@@ -92,8 +93,8 @@ def test_the_token_model_learns_the_same(runs: Path, other: str) -> None:
 
 def test_only_the_first_process_speaks_and_writes(runs: Path) -> None:
     figures = [json.loads(line) for line in (runs / "stdout").read_text().splitlines() if line.startswith("{")]
-    assert len(figures) == 4 and all("nats_per_token" in line for line in figures)
-    assert (runs / "stderr").read_text().count("student: 2 processes, cpu") == 2
+    assert len(figures) == 5 and all("nats_per_token" in line for line in figures)
+    assert (runs / "stderr").read_text().count("student: 2 processes, cpu") == 3
     for name in ("student-2x2", "student-fsdp"):
         found = {path.name for path in (runs / name / "checkpoints").iterdir() if not path.name.startswith("tokenizer")}
         own = {"student.shards"} if name == "student-fsdp" else {"student.state.pt", "student.state.prev.pt"}
