@@ -130,7 +130,7 @@ class StudentTrainConfig(LMTrainConfig):
     mse_w: float = opt(1.0, "weight of the squared error between predicted and true next latent", low=0)
     base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone", low=0)
     local_layers: int = opt(2, "layers of the local decoder")
-    local_window: int = opt(16, "tokens each layer of the local decoder sees")
+    local_window: int = opt(64, "tokens each layer of the local decoder sees")
     local_decoder: str = opt(
         "window",
         "window; controls: restart, which sees its own chunk only, and none, independent positions",
