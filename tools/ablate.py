@@ -57,7 +57,7 @@ from tools.quality import write_quality
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def finish(run: Run, identity: dict[str, Any], rows: Rows, threads: int) -> dict[str, Any]:
+def finish(run: Run, identity: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """The row of a run that is trained and evaluated."""
     lines = read_metrics(run.folder)
     content = load_checkpoint(run.checkpoint, run.variant.model)
@@ -70,7 +70,6 @@ def finish(run: Run, identity: dict[str, Any], rows: Rows, threads: int) -> dict
         before = line
     row: dict[str, Any] = {"grid": run.grid.name, "name": run.variant.name, "model": run.variant.model, "seed": run.seed}
     row |= {"settings": run.variant.settings, "training_tokens": end["tokens"], "train_seconds": round(seconds, 1)}
-    row["threads"] = threads
     if run.variant.model == "ae":
         row |= {key: end[key] for key in ("chunk_exact", "token_exact")}
         per_token = ae_training_flops(config_from(AEConfig, content["config"], run.title))
@@ -88,6 +87,7 @@ def finish(run: Run, identity: dict[str, Any], rows: Rows, threads: int) -> dict
     row["train_flops"] = per_token * end["tokens"]
     row["inherited_flops"] = sum(r["train_flops"] + r["inherited_flops"] for r in needed)  # of checkpoints it began with
     row["environment"] = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    row["threads"] = row["environment"]["threads"]  # the training's; it may be evaluated on others
     return {**row, "identity": identity, "checkpoint": digest(run.checkpoint)}
 
 
@@ -215,7 +215,7 @@ def execute(runs: list[Run], jobs: int) -> dict[str, str]:
                 active.remove(job)
                 free.append(job.cores)
                 if reason is None:
-                    row = finish(job.run, job.identity, read_rows(job.run.grid.output), job.threads)
+                    row = finish(job.run, job.identity, read_rows(job.run.grid.output))
                     write_row(job.run.grid.output, row)
                     for state in saved_states(job.run.state):  # six sevenths of its folder, and of no more use
                         state.unlink()
