@@ -2,8 +2,9 @@
 
 The model is made of torch's fake tensors (shape, type and device, no memory), so that any size can be planned on any
 machine. Two whole steps run on them, optimizer included: every tensor that an operation makes is added up until it is
-freed, and matrix products are counted (not those inside the CPU's fused attention, which has no count). So nothing here is a formula of the model; the second step counts, since only
-then are the optimizer's states there while the gradients are made. Not seen: what a kernel takes for itself inside one
+freed, and matrix products are counted (not those inside the CPU's fused attention, which has no count). So nothing here is
+a formula of the model; the second step counts, since only then are the optimizer's states there while the gradients are
+made. Not seen: what a kernel takes for itself inside one
 operation, the allocator's rounding, and the process itself (Python and torch on the CPU: 0.5 GB; a CUDA context: about 1).
 
 The time is the counted products at a rate measured here, on plain square products of the training's type. It is a lower
