@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from configs.run import has_fast_bf16
+from student import local_decoder
 from student.compiled import CompiledStep, Replayed
 from student.drawing import Screen, Vocabulary, draw
-from student.local_decoder import LocalDecoder, rotate
+from student.local_decoder import LocalDecoder
 from student.sampler import Chunk, Row, Sampler, SamplingParams
-from student.static import Cache, StaticBackbone, attend
+from student.static import Cache, StaticBackbone, attend, rotate
 from student.student_model import Student
 
 
@@ -60,31 +61,66 @@ def filters_of(params: Sequence[SamplingParams]) -> tuple[bool, bool]:
     return any(p.top_p < 1 for p in drawn), any(p.top_k > 0 for p in drawn)
 
 
+def turns(positions: Tensor, local: LocalDecoder) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of what the local decoder's keys are turned by at some positions, (n,) -> (n, d/2) each, float32."""
+    half = local.enter.out_features // local.layers[0].heads // 2
+    cos, sin = local_decoder.rotate(F.pad(torch.ones(len(positions), half), (0, half)), positions).chunk(2, dim=-1)
+    return cos, sin  # what (1, 0) becomes
+
+
 class LatentStep(nn.Module):
     """The chunk before -> what the next chunk's tokens start from."""
+
+    cos: Tensor  # (W, d/2)
+    sin: Tensor
 
     def __init__(self, model: Student, positions: int) -> None:
         super().__init__()
         self.ae, self.exit, self.enter = model.ae, model.exit, model.backbone_input
         self.backbone = StaticBackbone(model.backbone, positions)
         self.local = model.local
-        if model.local is not None:
-            enter_g = model.local.enter.weight[:, : model.cfg.embed_dim].detach()
+        if (local := model.local) is not None:
+            enter_g = local.enter.weight[:, : model.cfg.embed_dim].detach()
             self.enter_g = nn.Parameter(enter_g.contiguous(), requires_grad=False)
+            cos, sin = turns(torch.arange(-local.window, 0), local)
+            self.register_buffer("cos", cos.to(enter_g.device))
+            self.register_buffer("sin", sin.to(enter_g.device))
 
-    def forward(self, chunk: Tensor, cache: Cache, length: Tensor, constant: None) -> tuple[Tensor, Tensor]:
-        """chunk (B, K), length (B,): positions in the cache -> g and the local decoder's share of it, (B, K, E) each."""
+    def forward(
+        self, chunk: Tensor, cache: Cache, length: Tensor, window: Window | None, constant: None
+    ) -> tuple[Tensor, Tensor]:
+        """chunk (B, K), length (B,): positions in the cache -> g and the local decoder's share of it, (B, K, E) each.
+
+        The window moves on by a chunk, in place.
+        """
         h = self.backbone.step(self.enter(chunk), cache, length)  # (B, H)
         g = self.ae.decode(self.exit(h))
-        return g, g if self.local is None else F.linear(self.local.norm_g(g), self.enter_g)
+        if self.local is None or window is None:
+            return g, g
+        self._move(window, self.local.window)
+        return g, F.linear(self.local.norm_g(g), self.enter_g)
+
+    def _move(self, window: Window, size: int) -> None:
+        """The last W entries become the first, at positions -W..-1; the K behind them are to be written."""
+        for keys, turned, values in zip(window.keys, window.turned, window.values, strict=True):
+            last = keys[:, :, -size:].clone()  # the two ends overlap
+            keys[:, :, :size] = last
+            turned[:, :, :size] = rotate(last, self.cos, self.sin)
+            values[:, :, :size] = values[:, :, -size:].clone()
+        bias = window.bias[:, -size:].clone()
+        window.bias[:, :size] = bias
+        window.bias[:, size:] = 0.0
 
 
 class TokenStep(nn.Module):
     """The token before -> the next token of a chunk.
 
     What the local decoder's first projection makes of the token before depends on that token alone, so it is a table.
-    Keys are kept unrotated, oldest first: their distance to the query is the same at every step.
     """
+
+    cos: Tensor  # (K, d/2)
+    sin: Tensor
+    outside: Tensor  # (K, W + K), -inf where token j of a chunk does not look
 
     def __init__(self, model: Student, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -95,35 +131,47 @@ class TokenStep(nn.Module):
             with torch.no_grad():
                 made = [F.linear(local.norm_token(model.ae.embed(part)), enter) for part in ids]
             self.token = nn.Parameter(torch.cat(made), requires_grad=False)  # (V, E)
+            step, entry = torch.arange(model.cfg.k), torch.arange(local.window + model.cfg.k)
+            seen = (entry > step[:, None]) & (entry <= step[:, None] + local.window)
+            outside = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+            for name, buffer in zip(("cos", "sin", "outside"), (*turns(step, local), outside), strict=True):
+                self.register_buffer(name, buffer.to(enter.device))
 
     def forward(
-        self, g: Tensor, entered: Tensor, previous: Tensor, window: Window | None, draws: Draws, uniform: Tensor,
+        self, g: Tensor, entered: Tensor, previous: Tensor, j: Tensor, window: Window | None, draws: Draws, uniform: Tensor,
         filters: tuple[bool, bool],
     ) -> Tensor:  # fmt: skip
-        """g, entered (B, E), previous (B,), uniform (B,) -> ids (B,); the window moves on in place."""
+        """g, entered (B, E), previous (B,), j (1,) in 0..K-1, uniform (B,) -> ids (B,); the window's entry W + j is written.
+
+        j is a tensor, so that one compiled step serves all K tokens.
+        """
         if self.local is not None and window is not None:
-            g = g + self._local(self.local, entered + self.token[previous], window)
+            g = g + self._local(self.local, entered + self.token[previous], j, window)
         return draw(self.vocabulary(g), draws.temperature, draws.top_p, draws.top_k, uniform, filters)
 
-    def _local(self, local: LocalDecoder, x: Tensor, window: Window) -> Tensor:
-        age = torch.arange(local.window - 1, -1, -1, device=x.device)
-        bias = F.pad(window.bias[:, 1:], (0, 1))  # (B, W)
-        for layer, keys, values in zip(local.layers, window.keys, window.values, strict=True):
+    def _local(self, local: LocalDecoder, x: Tensor, j: Tensor, window: Window) -> Tensor:
+        cos, sin, bias = self.cos[j], self.sin[j], window.bias + self.outside[j]  # (1, d/2), (1, d/2), (B, W + K)
+        for layer, keys, turned, values in zip(local.layers, window.keys, window.turned, window.values, strict=True):
             q, k, v = layer.qkv(layer.norm(x)).unflatten(-1, (3, layer.heads, 1, -1)).unbind(1)  # (B, A, 1, d)
-            every_k, every_v = torch.cat([keys[:, :, 1:], k], dim=2), torch.cat([values[:, :, 1:], v], dim=2)  # (B, A, W, d)
-            rotated = rotate(every_k, -age)
-            x = layer.mlp(x + layer.out(attend(q, rotated, every_v, bias).flatten(1)))
-            keys.copy_(every_k)
-            values.copy_(every_v)
-        window.bias.copy_(bias)
+            keys[:, :, local.window + j] = k
+            turned[:, :, local.window + j] = rotate(k, cos, sin)
+            values[:, :, local.window + j] = v
+            x = layer.mlp(x + layer.out(attend(rotate(q, cos, sin), turned, values, bias).flatten(1)))
         return local.exit(local.norm(x))
 
 
 @dataclass
 class Window:
-    """Keys (unrotated) and values of the last W tokens in each layer, (B, A, W, d); bias (B, W), -inf before a row begins."""
+    """What the local decoder's layers look back at: W entries of earlier chunks, then the K of the chunk being written.
+
+    Keys are kept twice. `turned` by their position in the chunk, -W..K-1, is what queries meet; from the others it is made
+    anew at each chunk, so that no rounding adds up however long the text.
+
+    keys, turned, values: (B, A, W + K, d) a layer; bias: (B, W + K), -inf before a row begins.
+    """
 
     keys: list[Tensor]
+    turned: list[Tensor]
     values: list[Tensor]
     bias: Tensor
 
@@ -156,11 +204,13 @@ class FastSampler(Sampler):
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
         self.chunk = torch.full((slots, cfg.k), cfg.pad_id, dtype=torch.long, device=device)
         self.draws, self.uniform = Draws.empty(slots, device), torch.zeros(slots, cfg.k, device=device)
+        self.each = torch.arange(cfg.k, device=device).split(1)
         self.window, state = None, [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk]
         if (local := model.local) is not None:
-            shape = (slots, local.layers[0].heads, local.window, cfg.embed_dim // local.layers[0].heads)
-            keys, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(2))
-            self.window = Window(keys, values, torch.zeros(slots, local.window, device=device))
+            heads, entries = local.layers[0].heads, local.window + cfg.k
+            shape = (slots, heads, entries, cfg.embed_dim // heads)
+            keys, turned, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(3))
+            self.window = Window(keys, turned, values, torch.zeros(slots, entries, device=device))
             state += [*keys, *values, self.window.bias]
         self._write = Replayed(self._write_chunk_of_all, device, state)
         self.rows: list[Row | None] = [None] * slots
@@ -229,10 +279,10 @@ class FastSampler(Sampler):
         return self._write(filters)
 
     def _write_chunk_of_all(self, filters: tuple[bool, bool]) -> Tensor:
-        g, entered = self._latent(self.chunk, self.cache, self.length, None)
+        g, entered = self._latent(self.chunk, self.cache, self.length, self.window, None)
         token, tokens = self.chunk[:, -1].contiguous(), []
-        for j in range(self.cfg.k):
-            token = self._token(g[:, j], entered[:, j], token, self.window, self.draws, self.uniform[:, j], filters)
+        for i, j in enumerate(self.each):
+            token = self._token(g[:, i], entered[:, i], token, j, self.window, self.draws, self.uniform[:, i], filters)
             tokens.append(token)
         self.chunk.copy_(torch.stack(tokens, dim=1))
         self.length.add_(1).clamp_(max=self.positions - 1)  # an empty slot stays at the end
@@ -294,9 +344,10 @@ class FastSampler(Sampler):
         before = torch.where(at[:, 0] > 0, tokens[each, (at[:, 0] - 1).clamp(min=0), -1], self.cfg.pad_id)
         previous = model.ae.embed(torch.cat([before[:, None], recent[:, :-1]], dim=1))
         made = model.local.prefill(g, previous, first)
-        back = torch.arange(-model.local.window, 0, device=device) + need * k  # positions that the keys were rotated for
+        size = model.local.window
+        cos, sin = (x.to(device) for x in turns(-torch.arange(-size, 0) - need * k, model.local))  # back from where they stood
         for kept, keys in zip(self.window.keys, made.keys, strict=True):
-            kept[slots] = rotate(keys, -back)
+            kept[slots, :, -size:] = rotate(keys, cos, sin)
         for kept, values in zip(self.window.values, made.values, strict=True):
-            kept[slots] = values
-        self.window.bias[slots] = torch.where(made.seen, 0.0, -torch.inf)
+            kept[slots, :, -size:] = values
+        self.window.bias[slots, -size:] = torch.where(made.seen, 0.0, -torch.inf)

@@ -28,7 +28,10 @@ def eager(model: Student) -> Sampler:
     return Sampler(model, Letters())  # type: ignore[arg-type]
 
 
-VARIANTS: list[dict[str, Any]] = [{}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3}]
+VARIANTS: list[dict[str, Any]] = [
+    {}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3},
+    *({"local_window": window} for window in (1, 3, 4, 6, 9, 13)),  # less than a chunk of 4, one, and more
+]  # fmt: skip
 MIXED = [
     SamplingParams(20, temperature=0, ignore_eot=True),
     SamplingParams(20, seed=3, top_p=0.7),
@@ -44,6 +47,25 @@ def test_greedy_tokens_are_the_eager_samplers(change: dict[str, Any]) -> None:
     expected = eager(model).generate(PROMPTS, GREEDY)
     assert fast(model).generate(PROMPTS, GREEDY) == expected
     assert fast(model, slots=2).generate(PROMPTS, GREEDY) == expected
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_long_text_is_the_eager_samplers(window: int) -> None:
+    """Many windows long, with a row that leaves and another that takes its slot on the way: as each row alone."""
+    model = make_student(seq_len=40, local_window=window)
+    long, short = SamplingParams(130, temperature=0, ignore_eot=True), SamplingParams(30, temperature=0, ignore_eot=True)
+    params = [long, short, short, short, long]
+    prompts = [*PROMPTS, [7, 3, 5]]
+    sampler, out = fast(model, slots=2), {i: [] for i in range(5)}  # type: dict[int, list[int]]
+    waiting = list(range(5))
+    while waiting or sampler.active:
+        now = [waiting.pop(0) for _ in range(min(len(waiting), sampler.free))]
+        sampler.add([prompts[i] for i in now], [params[i] for i in now], now)
+        for chunk in sampler.step():
+            out[chunk.row] += chunk.token_ids
+    assert [out[i] for i in range(5)] == [
+        eager(model).generate([p], q)[0].token_ids for p, q in zip(prompts, params, strict=True)
+    ]
 
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
