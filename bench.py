@@ -34,7 +34,8 @@ from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint, environment, has_fast_bf16, pick_device, tune_process
 from student import race, speed
 from student.baseline import BackboneConfig, TokenModel, load_token_model
-from student.drawing import Screen, Vocabulary
+from student.compiled import FEW_ROWS
+from student.drawing import Int8, Screen, Vocabulary
 from student.race import Ids, Lap
 from student.sampler import Sampler, checkpoint_tokenizer, load_sampler
 from student.student_model import Student, StudentConfig
@@ -160,7 +161,7 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     race.plot(rows, folder.with_suffix(".png"))
     kind = "trained" if pair.trained else "untrained shapes: speed only"
     print(
-        f"{args.scale} ({kind}), {dtype}, student-compiled with a screen of rank {args.rank}; {where['threads']} threads, "
+        f"{args.scale} ({kind}), {dtype}, {'' if args.int8 else f'screens of rank {args.rank}, '}{where['threads']} threads, "
         f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}; "
         f"copies {speeds['copy'] / 1e9:.1f} GB/s, reads {speeds['read'] / 1e9:.1f} GB/s"
     )
@@ -168,11 +169,12 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps(result))
 
 
-def words_for(args: argparse.Namespace, batch: int) -> int:
-    """Words of the screen: in large batches the exact product, read once for all rows, is cheaper than choosing words."""
-    if args.words is not None:
-        return args.words
-    return 512 if args.scale != "demo" and batch <= 8 else 0
+def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Words and rank of the screen, or int8: in large batches the exact product, read once for all rows, is cheaper."""
+    if args.int8:
+        return {"int8": batch <= FEW_ROWS}
+    words = 512 if args.scale != "demo" and batch <= 8 else 0
+    return {"words": words if args.words is None else args.words, "rank": args.rank}
 
 
 def race_cell(
@@ -180,13 +182,13 @@ def race_cell(
     speeds: dict[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size and prompt length."""
-    prompts, k, words = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, words_for(args, batch)
+    prompts, k, vocabulary = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, vocabulary_for(args, batch)
     racers: dict[str, race.Racer] = {}
     for name in args.racers:
         torch._dynamo.reset() if not racers else None
         racers[name] = race.make_racer(
-            name, pair.model(name), pair.tokenizer, rows=batch, prompt=prompt, new=new, dtype=dtype, words=words, rank=args.rank
-        )  # fmt: skip
+            name, pair.model(name), pair.tokenizer, rows=batch, prompt=prompt, new=new, dtype=dtype, **vocabulary
+        )
         start = time.perf_counter()
         racers[name].run(prompts, new, 0)  # transformers' static cache is as long as was asked for first
         race.say(f"{args.scale}, batch {batch}, {prompt} prompt tokens: {name} warm after {time.perf_counter() - start:.0f} s")
@@ -207,8 +209,8 @@ def race_cell(
         rate, written = rates[name], [lap.tokens_per_s(batch) for lap in runs]
         steps = runs[0].backbone_steps
         out.append({
-            "scale": args.scale, "racer": name, "words": words if isinstance(fast, Screen) else 0,
-            "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
+            "scale": args.scale, "racer": name, "words": fast.words if isinstance(fast, Screen) else 0,
+            "int8": isinstance(fast, Int8), "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
             "tokens_per_s": rate, "tokens_per_s_range": [min(written), max(written)], "repeats": len(runs),
             "ms_per_step": 1000 * batch * (k if student else 1) / rate,
             "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch),
@@ -237,7 +239,8 @@ def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int) -> flo
     flags |= {"batch": batch, "prompt_tokens": prompt, "peak_of": name, "rank": args.rank}
     flags |= {"words": args.words} if args.words is not None else {}
     flags |= {"evaluate": args.evaluate} if args.evaluate else {}
-    command = [sys.executable, __file__, "--race"] + [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
+    command = [sys.executable, __file__, "--race", *(["--int8"] if args.int8 else [])]
+    command += [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}; try --memory none")
@@ -254,10 +257,8 @@ def print_peak(args: argparse.Namespace, device: torch.device) -> None:
             model, words_of = load_trained(args, kind, device)
         else:
             model, words_of = make_untrained(args, kind, device, prompt + 40), Ids(SHAPES[args.scale].vocab_size)
-        words = words_for(args, batch)
-        racer = race.make_racer(
-            args.peak_of, model, words_of, rows=batch, prompt=prompt, new=32, dtype=dtype, words=words, rank=args.rank
-        )
+        vocabulary = vocabulary_for(args, batch)
+        racer = race.make_racer(args.peak_of, model, words_of, rows=batch, prompt=prompt, new=32, dtype=dtype, **vocabulary)
         racer.run(prompts_of(words_of, batch, prompt, 0), 32, 0)
     else:
         racer, tokenizer = eager_racer(args.peak_of, args, device)
@@ -340,16 +341,16 @@ def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> N
 
 # ---------------------------------------------------------------------------------------------------------- screen
 def run_screen(args: argparse.Namespace, device: torch.device) -> None:
-    """Quality of the vocabulary screen on validation text, by rank and words."""
+    """Quality of the vocabulary screen on validation text, by rank and words, and of the table in 8 bits."""
     sampler = load_sampler(args.student, device=device)
     data = PackedData.pair(args.data)[1]
     check_fingerprint(data.fingerprint, sampler.tokenizer.fingerprint, args.data, args.student)
     batches = data.batches(sampler.cfg.context, 4, args.windows)
     rows = race.screen_quality(sampler.model, sampler.never, [b.to(device) for b in batches], args.ranks, args.word_counts)
-    names = list(rows[0])
-    print("".join(f"{name:>16}" for name in names))
+    names = ("total_variation", "cut", "nucleus", "max_missed", "nats")
+    print(f"{'table':>20}" + "".join(f"{name:>16}" for name in names))
     for row in rows:
-        print("".join(f"{row[name]:>16.5g}" for name in names))
+        print(f"{row['table']:>20}" + "".join(f"{row[name]:>16.5g}" if name in row else f"{'-':>16}" for name in names))
     print(json.dumps({"rows": rows, "environment": environment()}))
 
 
@@ -373,6 +374,7 @@ def main() -> None:
     parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
     parser.add_argument("--words", type=int, help="--race: words of the screen, 0 exact [demo 0, else 512 up to batch 8]")
     parser.add_argument("--rank", type=int, default=64, help="--race: rank of the screen [64]")
+    parser.add_argument("--int8", action="store_true", help=f"--race: vocabulary in 8 bits up to batch {FEW_ROWS}, no screen")
     parser.add_argument("--evaluate", help="--race: tools/evaluate.py's JSON [beside the checkpoints' folder]")
     parser.add_argument("--cell_seconds", type=float, default=300, help="--race: repeat a cell no further after that [300]")
     parser.add_argument("--memory", default="first", choices=("none", "first", "all"), help="--race: cells to measure it in")
@@ -385,6 +387,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.max_new_tokens, args.repeats, *args.batch, *args.prompt_tokens) < 1:
         raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")
+    if args.int8 and args.words:
+        raise UserError(f"expected --int8 or --words, got both ({args.words} words); leave one out")
     if args.train:
         speed.main(args.variant, args.device, args.repeats, args.output)
         return

@@ -38,6 +38,9 @@ def main() -> None:
     )
     parser.add_argument("--words", type=int, default=0, help="with --compile: words of the vocabulary screen, 0 is exact [0]")
     parser.add_argument("--rank", type=int, default=64, help="with --compile: rank of the screen [64]")
+    parser.add_argument(
+        "--int8", action="store_true", help="with --compile: the vocabulary in 8 bits; on a CPU faster, and not quite exact"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto [auto]")
     args = parser.parse_args()
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
@@ -46,7 +49,7 @@ def main() -> None:
     sampler = load_sampler(args.student, args.ae, device)
     if args.compile:
         wants_compile(True, device)
-        sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank)
+        sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank, int8=args.int8)
         sampler.warm_up([params])
     prompt = sampler.tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:

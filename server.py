@@ -91,6 +91,7 @@ def load_service(cfg: ServeConfig, metrics: Metrics) -> Service:
         dtype=DTYPES[cfg.dtype],
         words=cfg.words,
         rank=cfg.rank,
+        int8=cfg.int8,
         compile=compiled,
     )
     batcher = Batcher(

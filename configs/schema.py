@@ -271,6 +271,7 @@ class ServeConfig:
     )
     words: int = opt(0, "vocabulary screen: words whose exact logits are computed; 0: all", low=0)
     rank: int = opt(64, "rank of the screen", low=1)
+    int8: bool = opt(False, "vocabulary in 8 bits: on a CPU faster with up to 4 slots, slower with more; not quite exact")
     max_queue: int = opt(256, "rows that may wait for a slot; beyond that requests get 429", low=1)
     max_choices: int = opt(128, "rows a request may ask for: prompts times n", low=1)
     max_new_tokens: int = opt(4096, "tokens a row may ask for", low=1)

@@ -97,6 +97,29 @@ class Vocabulary(nn.Module):
         return 2.0 * self.table.numel()
 
 
+class Int8(Vocabulary):
+    """The product with the table in 8 bits and one scale a row: half the bytes, and an error a little above bfloat16's own.
+
+    For few rows on a CPU, where reading the table is what takes the time: in large batches it is slower than the exact
+    product, and a GPU reads fast enough. The largest entry of a row becomes 127: clipping it instead, scales for blocks of a
+    row, or a rotated table come to the same distribution within a fifth (docs/benchmarks.md).
+    """
+
+    def __init__(self, table: Tensor, never: Tensor) -> None:
+        super().__init__(table, never)
+        if table.device.type != "cpu":
+            raise UserError(f"int8: expected a model on the CPU, got one on {table.device}; leave it out there")
+        scale = (table.float().abs().amax(-1) / 127).clamp(min=1e-30).to(table.dtype)  # (V,), rounded before it is used
+        rows = (table.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.rows, self.scale = (nn.Parameter(x, requires_grad=False) for x in (rows, scale))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(hidden, self.rows, self.scale).float() + self.bias
+
+    def bytes_read(self, rows: int) -> int:
+        return self.rows.nbytes + self.scale.nbytes
+
+
 class Screen(Vocabulary):
     """Exact logits for about `words` of the best words of each row; the others keep those of a low-rank factor of the table.
 
@@ -117,7 +140,7 @@ class Screen(Vocabulary):
             left, table = (nn.functional.pad(x, (0, 0, 0, short)) for x in (left, table))
             never = nn.functional.pad(never, (0, short), value=True)
         super().__init__(table, never)
-        self.size, self.groups = vocab, min(-(-words // NEIGHBOURS), len(table) // NEIGHBOURS)
+        self.words, self.size, self.groups = words, vocab, min(-(-words // NEIGHBOURS), len(table) // NEIGHBOURS)
         self.left, self.right = (nn.Parameter(x.to(table.dtype), requires_grad=False) for x in (left, right))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -142,6 +165,15 @@ class Screen(Vocabulary):
 
     def flops(self) -> float:
         return 2.0 * (self.left.numel() + self.right.numel() + self.groups * NEIGHBOURS * self.table.shape[1])
+
+
+def make_vocabulary(table: Tensor, never: Tensor, words: int = 0, rank: int = 64, int8: bool = False) -> Vocabulary:
+    """The exact product, or with `words` the screen, or with `int8` the table in 8 bits."""
+    if words and int8:
+        raise UserError(f"expected a screen or int8, got both ({words} words); leave one out")
+    if int8:
+        return Int8(table, never)
+    return Screen(table, never, words, rank) if words else Vocabulary(table, never)
 
 
 def low_rank(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from configs.errors import UserError
 from configs.run import has_fast_bf16
 from student import local_decoder
 from student.compiled import CompiledStep, Replayed
-from student.drawing import Screen, Vocabulary, draw
+from student.drawing import Vocabulary, draw, make_vocabulary
 from student.local_decoder import LocalDecoder
 from student.sampler import Chunk, Row, Sampler, SamplingParams
 from student.static import Cache, StaticBackbone, attend, rotate
@@ -180,12 +180,13 @@ class FastSampler(Sampler):
     """A Sampler of `slots` rows that share a compiled step; raises UserError for a student that the step does not cover.
 
     positions: chunks of context that a slot has room for (unset: the model's). dtype: of weights and caches (unset:
-    bfloat16 where the processor has it). words, rank: the vocabulary screen; 0 words is the exact product.
+    bfloat16 where the processor has it). words, rank: the vocabulary screen; 0 words is the exact product. int8: its table
+    in 8 bits.
     """
 
     def __init__(
         self, model: Student, tokenizer: TokenizerAdapter, *, slots: int = 1, positions: int | None = None,
-        dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, compile: bool = True,
+        dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, int8: bool = False, compile: bool = True,
     ) -> None:  # fmt: skip
         cfg, device = model.cfg, model.table.device
         if cfg.latents == "none" or cfg.head != "direct" or cfg.local_decoder == "restart":
@@ -195,7 +196,7 @@ class FastSampler(Sampler):
         super().__init__(model, tokenizer)
         self.slots, self.positions, self.latent_steps = slots, positions or cfg.seq_len, 0
         table = model.table
-        vocabulary = Screen(table, self.never, words, rank) if words else Vocabulary(table, self.never)
+        vocabulary = make_vocabulary(table, self.never, words, rank, int8)
         self.latent_step, self.token_step = LatentStep(model, self.positions).eval(), TokenStep(model, vocabulary).eval()
         del model.backbone  # its weights are in the step now, fused
         steps = (self.latent_step, self.token_step)

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.run import has_fast_bf16
 from student.baseline import TokenModel
 from student.compiled import CompiledStep, Replayed
-from student.drawing import Screen, Vocabulary, draw
+from student.drawing import Vocabulary, draw, make_vocabulary
 from student.fast import Draws
 from student.sampler import SamplingParams
 from student.static import Cache, StaticBackbone
@@ -42,14 +42,14 @@ class FastTokenModel:
 
     def __init__(
         self, model: TokenModel, *, slots: int, positions: int, dtype: torch.dtype | None = None, compile: bool = True,
-        words: int = 0, rank: int = 64,
+        words: int = 0, rank: int = 64, int8: bool = False,
     ) -> None:  # fmt: skip
         device = model.table.device
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
         model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         self.slots, self.positions = slots, positions
         never = torch.zeros(len(model.table), dtype=torch.bool)
-        vocabulary = Screen(model.table, never, words, rank) if words else Vocabulary(model.table, never)
+        vocabulary = make_vocabulary(model.table, never, words, rank, int8)
         self.program = NextToken(model, vocabulary, positions).eval()
         self._step = CompiledStep(self.program, slots) if compile else self.program
         self.cache = self.program.backbone.new_cache(slots)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from configs.errors import UserError
 from student.baseline import BackboneConfig, TokenModel
-from student.drawing import NEIGHBOURS, Screen, Vocabulary
+from student.drawing import NEIGHBOURS, Int8, Screen, Vocabulary
 from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
 from student.flops import generation_bytes, generation_flops
@@ -156,12 +156,10 @@ class TokenEager:
 
 
 class TokenCompiled:
-    """The token-level model on our own fast path: the baseline that counts. words, rank: with the student's screen."""
+    """The token-level model on our own fast path: the baseline that counts. vocabulary: the student's screen or int8."""
 
-    def __init__(
-        self, model: TokenModel, dtype: torch.dtype, rows: int, positions: int, words: int = 0, rank: int = 0
-    ) -> None:  # fmt: skip
-        self.model = FastTokenModel(model, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank)
+    def __init__(self, model: TokenModel, dtype: torch.dtype, rows: int, positions: int, vocabulary: dict[str, Any]) -> None:
+        self.model = FastTokenModel(model, slots=rows, positions=positions, dtype=dtype, **vocabulary)
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
         params, model = settings(new, seed), self.model
@@ -215,20 +213,23 @@ def _student_lap(sampler: Sampler, prompts: Prompts, new: int, seed: int) -> tup
 
 
 def make_racer(
-    name: str, model: Student | TokenModel, tokenizer: Any, *, rows: int, prompt: int, new: int, dtype: torch.dtype, words: int,
-    rank: int,
+    name: str, model: Student | TokenModel, tokenizer: Any, *, rows: int, prompt: int, new: int, dtype: torch.dtype,
+    **vocabulary: Any,
 ) -> Racer:  # fmt: skip
-    """A racer for `rows` rows of `prompt` tokens and `new` ones behind them. Raises UserError for an unknown name."""
+    """A racer for `rows` rows of `prompt` tokens and `new` ones behind them. Raises UserError for an unknown name.
+
+    vocabulary: words, rank and int8 of the compiled student, and of token-compiled-screen.
+    """
     if name not in (*RACERS, *EXTRA):
         raise UserError(f"--racers {name}: expected {', '.join((*RACERS, *EXTRA))}")
     if isinstance(model, TokenModel):
         if name in ("token-eager", "token-generate-compiled"):
             return TokenEager(model, dtype, static=name == "token-generate-compiled")
-        return TokenCompiled(model, dtype, rows, prompt + new, words if name == "token-compiled-screen" else 0, rank)
+        return TokenCompiled(model, dtype, rows, prompt + new, vocabulary if name == "token-compiled-screen" else {})
     if name == "student-eager":
         return StudentEager(Sampler(copy.deepcopy(model).to(dtype), tokenizer))
     positions = positions_for(prompt, new, model.cfg.k)
-    return StudentCompiled(FastSampler(model, tokenizer, slots=rows, positions=positions, dtype=dtype, words=words, rank=rank))
+    return StudentCompiled(FastSampler(model, tokenizer, slots=rows, positions=positions, dtype=dtype, **vocabulary))
 
 
 def positions_for(prompt: int, new: int, k: int) -> int:
@@ -271,41 +272,51 @@ def bandwidth(device: torch.device, size: int = 256 << 20) -> dict[str, float]:
 
 def screen_quality(
     model: Student, never: Tensor, batches: Sequence[Tensor], ranks: Sequence[int], counts: Sequence[int]
-) -> list[dict[str, float]]:
-    """What the screen changes, over the positions of some windows (B, T), by rank and words.
+) -> list[dict[str, Any]]:
+    """What the screen changes, over the positions of some windows (B, T), by rank and words; what 8 bits change; and what
+    bfloat16 does, in which both the exact product and the one in 8 bits are computed.
 
-    total_variation: between the exact distribution and the screen's, mean, at temperature 1; cut: what it would be if words
-    outside were dropped. nucleus: the former at temperature 0.8 and top_p 0.95. max_missed: share of the positions whose
-    likeliest word has no exact logit. nats: of the true words under the screen, its excess over the exact distribution's.
+    total_variation: between the exact float32 distribution and the other, mean, at temperature 1; nucleus: the same at
+    temperature 0.8 and top_p 0.95. nats: of the true words, the excess over the exact distribution's. Of a screen alone:
+    cut, what the total variation would be if words outside were dropped; max_missed, share of the positions whose likeliest
+    word has no exact logit.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
         hidden = torch.cat([model.hidden(tokens)[:, model.cfg.k :].flatten(0, 1) for tokens in batches]).float()
         targets = torch.cat([tokens[:, model.cfg.k :].flatten() for tokens in batches])
         table = model.table.float()
+        low = table.bfloat16()
+        others: list[tuple[str, Vocabulary]] = [("bfloat16", Vocabulary(low, never))]
+        others += [("int8", Int8(low, never))] if low.device.type == "cpu" else []
+        sizes = [(rank, words) for rank in ranks if rank <= table.shape[1] for words in counts if words < len(table)]
+        others += [(f"rank {rank}, {words} words", Screen(table, never, words, rank)) for rank, words in sizes]
         exact = Vocabulary(table, never)
-        for rank in (r for r in ranks if r <= table.shape[1]):
-            for words in (w for w in counts if w < len(table)):
-                screen = Screen(table, never, words, rank)
-                sums = torch.zeros(5, dtype=torch.double)
-                for h, target in zip(hidden.split(256), targets.split(256), strict=True):
-                    true, near = exact(h), screen(h)
-                    p, q = true.softmax(-1), near.softmax(-1)
-                    inside = torch.zeros(len(h), len(screen.table), dtype=torch.bool, device=h.device)
-                    chosen = screen.choose(linear_scores(screen, h))[..., None]
-                    inside.unflatten(1, (-1, NEIGHBOURS)).scatter_(1, chosen.expand(-1, -1, NEIGHBOURS), True)
-                    inside = inside[:, : len(table)]
-                    nats = (true.log_softmax(-1) - near.log_softmax(-1)).gather(1, target[:, None])[:, 0]
-                    parts = (
-                        (p - q).abs().sum(-1) / 2, torch.where(inside, 0.0, p).sum(-1),
-                        (nucleus(true) - nucleus(near)).abs().sum(-1) / 2, ~inside.gather(1, p.argmax(-1, keepdim=True))[:, 0],
-                        nats,
-                    )  # fmt: skip
-                    sums += torch.stack([part.double().sum().cpu() for part in parts])
-                values = (sums / len(targets)).tolist()
-                names = ("total_variation", "cut", "nucleus", "max_missed", "nats")
-                rows.append({"rank": rank, "words": words, **dict(zip(names, values, strict=True))})
+        for name, near in others:
+            parts = [_difference(near, exact(h), h, t) for h, t in zip(hidden.split(256), targets.split(256), strict=True)]
+            values = {key: torch.cat([part[key] for part in parts]).double().mean().item() for key in parts[0]}
+            size = {"rank": near.left.shape[1], "words": near.words} if isinstance(near, Screen) else {}
+            rows.append({"table": name, **size, **values})
     return rows
+
+
+def _difference(near: Vocabulary, true: Tensor, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The measures of `screen_quality` at some positions, (n,) each: hidden (n, E), their exact logits (n, V), target (n,)."""
+    logits = near(hidden.to(near.table.dtype))
+    p = true.softmax(-1)
+    out = {
+        "total_variation": (p - logits.softmax(-1)).abs().sum(-1) / 2,
+        "nucleus": (nucleus(true) - nucleus(logits)).abs().sum(-1) / 2,
+        "nats": (true.log_softmax(-1) - logits.log_softmax(-1)).gather(1, target[:, None])[:, 0],
+    }
+    if isinstance(near, Screen):
+        inside = torch.zeros(len(hidden), len(near.table), dtype=torch.bool, device=hidden.device)
+        chosen = near.choose(linear_scores(near, hidden))[..., None]
+        inside.unflatten(1, (-1, NEIGHBOURS)).scatter_(1, chosen.expand(-1, -1, NEIGHBOURS), True)
+        inside = inside[:, : p.shape[1]]
+        out["cut"] = torch.where(inside, 0.0, p).sum(-1)
+        out["max_missed"] = ~inside.gather(1, p.argmax(-1, keepdim=True))[:, 0]
+    return out
 
 
 def linear_scores(screen: Screen, hidden: Tensor) -> Tensor:
@@ -330,7 +341,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         low, high = r["tokens_per_s_range"]
         share, ratio, peak = r["bandwidth_share"], r["ratio_to_compiled_token_model"], r["peak_mb"]
         cells.append((
-            r["racer"], str(r["words"] or "all"), str(r["batch"]), str(r["prompt_tokens"]),
+            r["racer"], "int8" if r["int8"] else str(r["words"] or "all"), str(r["batch"]), str(r["prompt_tokens"]),
             f"{r['tokens_per_s']:.1f}", f"({low:.1f}..{high:.1f})",
             f"{r['ms_per_step']:.2f}", f"{r['ttft_s'] * 1000:.0f} ms", f"{peak:.0f} MiB" if peak else "-",
             str(r["backbone_steps"]), f"{r['flops_per_token'] / 1e6:.1f}", f"{r['bytes_per_token'] / 1e6:.1f}",

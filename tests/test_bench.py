@@ -15,7 +15,7 @@ from conftest import ROOT, World, make_student, make_token_model, run_script
 
 import bench
 from student import race, speed
-from student.drawing import Screen, Vocabulary
+from student.drawing import Int8, Screen, Vocabulary
 
 COLUMNS = {
     "scale", "racer", "batch", "prompt_tokens", "tokens_per_s", "ms_per_step", "ttft_s", "peak_mb", "backbone_steps",
@@ -68,6 +68,20 @@ def test_a_race_of_odd_lengths_and_of_the_same_screen(
     assert rows["token-compiled-screen"]["bytes_per_token"] < rows["token-compiled"]["bytes_per_token"]
 
 
+def test_a_race_in_8_bits(uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the student and, asked for, of the token-level model, alike; in large batches the product is exact."""
+    racers = ["token-compiled", "token-compiled-screen", "student-compiled"]
+    flags = ["--race", "--scale", "tiny", "--prompt_tokens", 9, "--repeats", 1, "--memory", "none", "--max_new_tokens", 9]
+    flags += ["--device", "cpu", "--output", tmp_path / "race.json", "--racers", *racers, "--int8"]
+    assert run_script(bench, *flags, "--words", 64) == 2 and "expected --int8 or --words" in capsys.readouterr().err
+    assert run_script(bench, *flags, "--batch", 1, 8) == 0
+    rows = {(row["racer"], row["batch"]): row for row in json.loads((tmp_path / "race.json").read_text())["rows"]}
+    assert [rows[name, 1]["int8"] for name in racers] == [False, True, True]
+    assert not any(rows[name, 8]["int8"] or rows[name, 8]["words"] for name in racers)
+    assert "int8" in capsys.readouterr().out
+    assert rows["token-compiled-screen", 1]["bytes_per_token"] < rows["token-compiled", 1]["bytes_per_token"]
+
+
 def test_the_peak_is_the_childs_own() -> None:
     """A child of a process that has touched a GiB reports its own memory."""
     touched = torch.ones(1 << 28)
@@ -101,6 +115,8 @@ def test_a_cell_cost_counts_what_is_read() -> None:
     table, never = student.table.detach(), torch.zeros(len(student.table), dtype=torch.bool)
     full, screened = (race.cost(student.cfg, v, 1, 32, 2) for v in (Vocabulary(table, never), Screen(table, never, 16, 2)))
     assert screened[0] < full[0] and screened[1] < full[1]
+    eight = race.cost(student.cfg, Int8(table, never), 1, 32, 2)
+    assert eight[0] == full[0] and full[1] - eight[1] == 3 * table.numel() - 4 * len(table)  # of 4 bytes, with its scales
 
 
 def test_screen_quality() -> None:
@@ -108,8 +124,12 @@ def test_screen_quality() -> None:
     model = make_student(seq_len=8)
     tokens = [torch.randint(2, 300, (2, 32))]
     rows = race.screen_quality(model, torch.zeros(320, dtype=torch.bool), tokens, [2, 16, 99], [16, 160])
-    assert [(r["rank"], r["words"]) for r in rows] == [(2, 16), (2, 160), (16, 16), (16, 160)]
-    by = {(r["rank"], r["words"]): r for r in rows}
+    low, eight, *screens = rows
+    assert [r["table"] for r in rows[:3]] == ["bfloat16", "int8", "rank 2, 16 words"] and "cut" not in low
+    assert [(r["rank"], r["words"]) for r in screens] == [(2, 16), (2, 160), (16, 16), (16, 160)]
+    by = {(r["rank"], r["words"]): r for r in screens}
+    assert 0 < low["total_variation"] < eight["total_variation"] < 0.05 < by[2, 160]["total_variation"]
+    assert abs(eight["nats"]) < 0.05 and 0 < eight["nucleus"] < 0.05
     assert by[2, 16]["total_variation"] > by[2, 160]["total_variation"] > by[16, 160]["total_variation"] >= 0
     assert by[16, 16]["total_variation"] < 1e-4 and abs(by[16, 16]["nats"]) < 1e-4  # of full rank, it is exact
     assert by[16, 16]["cut"] > by[16, 160]["cut"] and by[16, 160]["max_missed"] == 0

@@ -10,7 +10,8 @@ from conftest import make_student, make_token_model
 from test_sampler import GREEDY, PROMPTS, Letters
 
 from configs.errors import UserError
-from student.drawing import Screen, Vocabulary, draw
+from student.compiled import CompiledStep
+from student.drawing import Int8, Screen, Vocabulary, draw
 from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
 from student.race import linear_scores
@@ -52,8 +53,8 @@ def test_greedy_tokens_are_the_eager_samplers(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("window", [1, 3, 7])
 def test_a_long_text_is_the_eager_samplers(window: int) -> None:
     """Many windows long, with a row that leaves and another that takes its slot on the way: as each row alone."""
-    model = make_student(seq_len=40, local_window=window)
-    long, short = SamplingParams(130, temperature=0, ignore_eot=True), SamplingParams(30, temperature=0, ignore_eot=True)
+    model = make_student(seq_len=24, local_window=window)
+    long, short = SamplingParams(75, temperature=0, ignore_eot=True), SamplingParams(20, temperature=0, ignore_eot=True)
     params = [long, short, short, short, long]
     prompts = [*PROMPTS, [7, 3, 5]]
     sampler, out = fast(model, slots=2), {i: [] for i in range(5)}  # type: dict[int, list[int]]
@@ -209,6 +210,70 @@ def test_the_screen_in_the_sampler() -> None:
     assert fast(model, words=160, rank=16).generate(PROMPTS, GREEDY) == expected
     ids = [i for out in fast(model, words=16, rank=4).generate(PROMPTS, MIXED[2]) for i in out.token_ids]
     assert not set(ids) & {1, *range(300, 320)}  # what the tokenizer lacks is not drawn
+
+
+# -------------------------------------------------------------------------------------------------------------- int8
+def hidden_and_tables(dtype: torch.dtype) -> tuple[torch.Tensor, Vocabulary, Int8]:
+    """Hidden vectors whose logits differ as a trained model's do, by some 3 nats, and both products with one table."""
+    table, never = torch.randn(320, 64), torch.zeros(320, dtype=torch.bool)
+    never[[1, 300]] = True
+    table[7] = 0  # what no update ever reached
+    hidden, table = (0.4 * torch.randn(64, 64)).to(dtype), table.to(dtype)
+    return hidden, Vocabulary(table, never), Int8(table, never)
+
+
+def test_int8_logits_are_near_the_exact_ones() -> None:
+    """No entry of the table is further off than half a scale, so no logit than half a scale times the sum of |hidden|."""
+    hidden, exact, int8 = hidden_and_tables(torch.float32)
+    (true, near), known = (product(hidden) for product in (exact, int8)), exact.bias == 0
+    bound = int8.scale / 2 * hidden.abs().sum(-1, keepdim=True) + 1e-5
+    error = (true - near).abs()[:, known]
+    assert (error <= bound[:, known]).all() and error[:, known.nonzero()[:, 0] != 7].mean() > 1e-4  # it is not the same product
+    assert (near[:, ~known] == -torch.inf).all() and near[:, known].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_draws_from_nearly_the_same_distribution(dtype: torch.dtype) -> None:
+    """Logits off by 0.02 nats, 1/150 of what they differ by, move about 1 % of the distribution; bfloat16 adds as much."""
+    hidden, exact, int8 = hidden_and_tables(dtype)
+    variation = (exact(hidden).softmax(-1) - int8(hidden).softmax(-1)).abs().sum(-1) / 2
+    assert variation.mean() < 0.02 and variation.max() < 0.05
+    params = SamplingParams(8, temperature=0.9, top_p=0.9)
+    shares = [distribution(product(hidden)[0], params, "draw") for product in (exact, int8)]
+    assert (shares[0] - shares[1]).abs().sum() / 2 < 0.05 and not shares[1][[1, 300]].any()
+
+
+def test_compiled_int8_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("student.compiled.cpu_settings", lambda rows: {"freezing": True})
+    hidden, _, int8 = hidden_and_tables(torch.float32)
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.int8 = int8
+
+        def forward(self, x: torch.Tensor, constant: None) -> torch.Tensor:
+            return self.int8(x)
+
+    assert torch.allclose(CompiledStep(Step().eval(), 64)(hidden, None), int8(hidden), atol=1e-5)
+
+
+def test_int8_in_the_samplers() -> None:
+    """Greedy text is that of a model with the rounded table in its vocabulary product."""
+    model = make_student(seq_len=48)
+    sampler = fast(model, int8=True)
+    ids = [i for out in sampler.generate(PROMPTS, MIXED[2]) for i in out.token_ids]
+    assert not set(ids) & {1, *range(300, 320)}
+    rounded = fast(model)
+    int8 = sampler.token_step.vocabulary
+    rounded.token_step.vocabulary.table = torch.nn.Parameter(int8.rows * int8.scale[:, None], requires_grad=False)  # type: ignore[union-attr]
+    assert sampler.generate(PROMPTS, GREEDY) == rounded.generate(PROMPTS, GREEDY)
+    quick = FastTokenModel(make_token_model(), slots=1, positions=32, dtype=torch.float32, int8=True, compile=False)
+    assert isinstance(quick.program.vocabulary, Int8)
+    with pytest.raises(UserError, match="a screen or int8, got both"):
+        fast(model, words=16, rank=4, int8=True)
+    with pytest.raises(UserError, match="on the CPU, got one on meta"):
+        Int8(torch.empty(8, 4, device="meta"), torch.zeros(8, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------------------------------- token model
