@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ae.ae_model import Autoencoder
 
 MAX_LOGITS = 1 << 26  # elements of a logits buffer: a quarter of a GiB in float32
+CACHED_LOGITS = 1 << 24  # elements up to which fewer, larger slices gain nothing
+MIN_ROWS = 512  # rows of a slice, MAX_LOGITS permitting: each adds to the whole of the table's gradient
 
 
 def _nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -20,7 +25,7 @@ def token_nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(hidden table^T)[target], nats: hidden (N, E), table (V, E), targets (N,) -> (N,).
 
     With a large vocabulary the (N, V) logits are made a slice of rows at a time and again in the backward pass, so that
-    memory stays bounded whatever N * V is.
+    memory stays bounded whatever N * V is. What is trained on is cheaper by `weighted_nll`.
     """
     rows = max(1, MAX_LOGITS // table.shape[0])
     if hidden.shape[0] <= rows:
@@ -29,6 +34,50 @@ def token_nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.cat([_nll(h, table, t) for h, t in parts])
     return torch.cat([checkpoint(_nll, h, table, t, use_reentrant=False) for h, t in parts])  # type: ignore[list-item]
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """Makes the gradients while a slice's logits are at hand: three products with the table and no (N, V) tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        words, grad_table = table.to(dtype), torch.zeros_like(table, dtype=torch.float32)
+        nlls, grads = [], []
+        for h, target, weight in zip(hidden.to(dtype).split(rows), targets.split(rows), weights.split(rows), strict=True):
+            logprobs, target, weight = F.log_softmax(h @ words.T, -1, dtype=torch.float32), target[:, None], weight[:, None]
+            nlls.append(-logprobs.gather(1, target).squeeze(1))
+            error = logprobs.exp_().scatter_add_(1, target, -torch.ones_like(weight)).mul_(weight).to(dtype)  # (rows, V)
+            grads.append(error @ words)
+            grad_table += error.T @ h
+        nll = torch.cat(nlls)
+        ctx.save_for_backward(torch.cat(grads).to(hidden.dtype), grad_table.to(table.dtype))
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, table = ctx.saved_tensors
+        return hidden * grad, table * grad, None, None, None
+
+
+def weighted_nll(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum of weights * `token_nll`, and the `token_nll` of each row, (N,), which carries no gradient.
+
+    weights: (N,) float32, unset: 1 / N each, so that the sum is the mean; they get no gradient. What the sum is for is
+    known here, so its gradients are made in the forward pass, a slice of rows at a time, as in Liger (arXiv 2410.10989).
+    The largest buffer has max(MIN_ROWS * V, CACHED_LOGITS) elements and never more than MAX_LOGITS (of a row at least).
+    """
+    if weights is None:
+        weights = torch.full(targets.shape, 1 / len(targets), device=hidden.device)
+    if not torch.is_grad_enabled():
+        nll = token_nll(hidden, table, targets)
+        return (nll * weights).sum(), nll
+    vocabulary = table.shape[0]
+    rows = max(1, min(max(MIN_ROWS, CACHED_LOGITS // vocabulary), MAX_LOGITS // vocabulary))
+    return _WeightedNLL.apply(hidden, table, targets, weights, rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def kl_to_unit_gaussian(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -56,7 +105,7 @@ def ae_loss(
     mean, log_std = mean.float(), log_std.float().clamp(-6, 2)
     z = mean + log_std.exp() * torch.randn_like(mean)  # (B, D)
     g = model.decode(F.dropout(z, latent_dropout))  # (B, K, E)
-    ce = token_nll(g.flatten(0, 1), model.embedding.weight, chunks.flatten()).mean()
+    ce, _ = weighted_nll(g.flatten(0, 1), model.embedding.weight, chunks.flatten())
     kl_by_dim = kl_to_unit_gaussian(mean, log_std)
     total = chunks.shape[1] * ce + kl_weight * kl_by_dim.clamp(min=free_bits).sum(-1).mean()
     if l2_weight:

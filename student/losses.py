@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ae.ae_model import Autoencoder
-from ae.losses import token_nll
+from ae.losses import weighted_nll
 from student.energy import MODEL_SAMPLES, TARGET_SAMPLES, energy_loss
 from student.student_model import Student
 
@@ -48,18 +48,16 @@ def student_loss(
     real = torch.arange(tokens.shape[1], device=tokens.device) >= pads[:, None]  # (B, T)
     count, n_chunks = counted or counts(tokens, pads, model.cfg.k)
 
-    def nll(h: Tensor) -> Tensor:
-        return token_nll(h.flatten(0, 1), model.table, tokens.flatten()) * real.flatten()
-
-    each = nll(states)
-    ce = each.sum() / count
-    learnt = ce if ce_at is None else (each * ce_at.flatten()).sum() / count
-    total, parts = ce_w * learnt, {"ce": ce.detach()}
+    each = real.flatten() / count  # weights of a mean over the tokens that are no pads
+    learnt, nll = weighted_nll(
+        states.flatten(0, 1), model.table, tokens.flatten(), each if ce_at is None else each * ce_at.flatten()
+    )
+    total, parts = ce_w * learnt, {"ce": (nll * each).sum()}
     if kd is not None:
         divergence = kd(states)
         total, parts["kl"] = total + kd_w * divergence, divergence.detach()
     if base_w:
-        base = nll(g).sum() / count
+        base, _ = weighted_nll(g.flatten(0, 1), model.table, tokens.flatten(), each)
         total, parts["base"] = total + base_w * base, base.detach()
     if mse_w:
         assert frozen is not None

@@ -8,17 +8,20 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_AE, World, make_ae, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ae import losses, train_ae
 from ae.ae_model import AEConfig, load_ae
 from ae.chunks import PackedData, PackedWriter
-from ae.losses import ae_loss, token_nll
+from ae.losses import ae_loss, token_nll, weighted_nll
 from ae.train_ae import reconstruction
 from configs.errors import UserError
 
@@ -86,6 +89,63 @@ def test_token_nll_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.allclose(results[0][0], slow, atol=1e-5)
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "mean"])
+def test_weighted_nll_is_the_sum_and_its_gradients(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    monkeypatch.setattr(losses, "MAX_LOGITS", 50 * 4)
+    hidden, table = torch.randn(23, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets, weights = torch.randint(50, (23,)), torch.randn(23) if weighted else None
+    slow = F.cross_entropy(hidden @ table.T, targets, reduction="none")
+    (3 * (slow.mean() if weights is None else (slow * weights).sum())).backward()
+    expected = hidden.grad, table.grad
+    hidden.grad = table.grad = None
+    total, nll = weighted_nll(hidden, table, targets, weights)
+    (3 * total).backward()
+    assert torch.allclose(nll, slow, atol=1e-5) and not nll.requires_grad
+    for made, right in zip((hidden.grad, table.grad), expected, strict=True):
+        assert made is not None and right is not None and torch.allclose(made, right, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(weighted_nll(hidden, table, targets, weights)[0], total)
+
+
+def test_weighted_nll_in_bfloat16_is_near() -> None:
+    """Confident rows, as an autoencoder's: 1 - p must not be lost to rounding."""
+    table, grads = torch.eye(8, requires_grad=True), list[torch.Tensor]()
+    for bf16 in (False, True):
+        hidden = (9 * torch.eye(8)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            total, _ = weighted_nll(hidden, table, torch.arange(8))
+        grads += torch.autograd.grad(total, hidden)
+    assert torch.allclose(grads[0], grads[1], rtol=0.02)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("most", "cached", "least", "rows"), [(800, 0, 512, 8), (6400, 0, 5, 5), (6400, 1600, 5, 16), (99, 0, 5, 1)]
+)
+def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch, most: int, cached: int, least: int, rows: int) -> None:
+    """64 rows of 100 words, in slices of `rows`."""
+    for name, value in (("MAX_LOGITS", most), ("CACHED_LOGITS", cached), ("MIN_ROWS", least)):
+        monkeypatch.setattr(losses, name, value)
+    hidden, table = torch.randn(64, 1, requires_grad=True), torch.randn(100, 1, requires_grad=True)
+    targets = torch.randint(100, (64,))
+    with Largest() as seen:
+        weighted_nll(hidden, table, targets)[0].backward()
+    assert seen.elements == max(100 * rows, len(table))
+    with Largest() as seen:
+        token_nll(hidden, table, targets).mean().backward()
+    assert seen.elements <= max(most, len(table))
 
 
 def test_reconstruction_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
