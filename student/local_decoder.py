@@ -37,29 +37,27 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
     Done in blocks of `window` positions, each against itself and the block before: O(T * window), not O(T^2).
     first: (B,), positions before it are hidden (rows that begin later than position 0).
     """
-    batch, length = q.shape[0], q.shape[2]
+    length = q.shape[2]
     blocks = -(-length // window)
-    pad = (0, 0, 0, blocks * window - length)
 
-    def split(x: Tensor) -> Tensor:  # (B, A, T, d) -> (B, N, A, W, d)
-        return F.pad(x, pad).unflatten(2, (blocks, window)).transpose(1, 2)
+    def split(x: Tensor) -> Tensor:  # (B, A, T, d) -> (B, A, N, W, d)
+        return F.pad(x, (0, 0, 0, blocks * window - length)).unflatten(2, (blocks, window))
 
-    def with_previous(x: Tensor) -> Tensor:  # (B, N, A, W, d) -> (B, N, A, 2W, d)
-        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], dim=3)
+    def with_previous(x: Tensor) -> Tensor:  # (B, A, N, W, d) -> (B, A, N, 2W, d)
+        return torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3)
 
-    at = torch.arange(blocks, device=q.device)[:, None, None] * window  # (N, 1, 1)
-    query_at = at + torch.arange(window, device=q.device)[:, None]  # (N, W, 1)
-    key_at = at + torch.arange(-window, window, device=q.device)  # (N, 1, 2W)
-    seen = (key_at <= query_at) & (key_at > query_at - window) & (key_at >= 0)  # (N, W, 2W)
-    if first is None:
-        seen = seen.expand(batch, -1, -1, -1)
-    else:  # a hidden query still needs one key to look at: itself
-        seen = (seen & (key_at >= first[:, None, None, None])) | (key_at == query_at)  # (B, N, W, 2W)
-    out = F.scaled_dot_product_attention(
-        split(q).flatten(0, 1), with_previous(split(k)).flatten(0, 1), with_previous(split(v)).flatten(0, 1),
-        attn_mask=seen.flatten(0, 1)[:, None],
-    )  # fmt: skip
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    # 32-bit positions: a compiled CPU kernel does as many of them at once as of the scores
+    at = torch.arange(blocks, device=q.device, dtype=torch.int32)[:, None, None] * window  # (N, 1, 1)
+    query_at = torch.arange(window, device=q.device, dtype=torch.int32)[:, None]  # (W, 1), within the block
+    key_at = torch.arange(-window, window, device=q.device, dtype=torch.int32)  # (2W,)
+    seen = (key_at <= query_at) & (key_at > query_at - window) & (at + key_at >= 0)  # (N, W, 2W)
+    if first is not None:  # a hidden query still needs one key to look at: itself
+        seen = (seen & (at + key_at >= first[:, None, None, None])) | (key_at == query_at)  # (B, N, W, 2W)
+        seen = seen[:, None]
+    # Written out, as the fused attention kernels are slow on many short rows with a mask, above all backwards on a CPU.
+    scores = split(q * q.shape[-1] ** -0.5) @ with_previous(split(k)).transpose(-1, -2)  # (B, A, N, W, 2W)
+    weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
+    return (weights @ with_previous(split(v))).flatten(2, 3)[:, :, :length]
 
 
 @dataclass

@@ -18,21 +18,25 @@ def decoder(window: int, layers: int = 2) -> LocalDecoder:
 @pytest.mark.parametrize("window", [1, 2, 5, 16])
 @pytest.mark.parametrize("length", [1, 5, 16, 23])
 def test_windowed_attention_is_dense_attention_with_a_mask(window: int, length: int) -> None:
-    q, k, v = torch.randn(3, 2, 3, length, 8)
+    q, k, v = qkv = torch.randn(3, 2, 3, length, 8, requires_grad=True)
     at = torch.arange(length)
     mask = (at[:, None] >= at) & (at[:, None] - at < window)
-    assert torch.allclose(
-        windowed_attention(q, k, v, window), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-6
-    )
+    out, dense = windowed_attention(q, k, v, window), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.allclose(out, dense, atol=1e-6)
+    weights = torch.randn_like(out)
+    one, two = (torch.autograd.grad((x * weights).sum(), qkv, retain_graph=True)[0] for x in (out, dense))
+    assert torch.allclose(one, two, atol=1e-5)
 
 
 def test_positions_before_a_row_begins_are_hidden() -> None:
-    q, k, v = torch.randn(3, 3, 2, 13, 8)
+    q, k, v = qkv = torch.randn(3, 3, 2, 13, 8, requires_grad=True)
     first = torch.tensor([0, 4, 11])
     out = windowed_attention(q, k, v, 5, first)
     for row, begin in enumerate(first.tolist()):
         alone = windowed_attention(q[row : row + 1, :, begin:], k[row : row + 1, :, begin:], v[row : row + 1, :, begin:], 5)
         assert torch.allclose(out[row, :, begin:], alone[0], atol=1e-6)
+    (grad,) = torch.autograd.grad(out[1, :, 4:].sum(), qkv)
+    assert grad.isfinite().all() and grad[:, 1, :, 4:].abs().sum() > 0 and (grad[:, 1, :, :4] == 0).all()
 
 
 @pytest.mark.parametrize("known", [1, 3, 5, 12])
