@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
-from ae.losses import token_nll
+from ae.losses import token_nll, weighted_nll
 from configs import loop, plan
 from configs.errors import UserError, run_cli
 from configs.run import load_model
 from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
+
+# Said to transformers: left to itself it compiles a mask in, and the attention kernels that skip what a causal mask hides
+# go unused.
+NO_PADDING: Any = {"full_attention": None}
 
 
 @dataclass
@@ -97,7 +101,7 @@ class TokenModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, H); row t predicts token t from the tokens before it. Row 0, with nothing before it, is zero."""
-        h = self.lm.model(tokens[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, H)
+        h = self.lm.model(tokens[:, :-1], NO_PADDING, use_cache=False).last_hidden_state  # (B, T-1, H)
         return nn.functional.pad(h, (0, 0, 1, 0))
 
     def nll(self, tokens: Tensor, first: int = 1) -> Tensor:
@@ -147,13 +151,14 @@ def main() -> None:
 
     def loss(tokens: Tensor, *rows: Tensor) -> loop.Losses:
         states = model.hidden(tokens)[:, 1:]  # (B, T-1, H)
-        nll = token_nll(states.flatten(0, 1), model.table, tokens[:, 1:].flatten())
+        targets, ce_at = tokens[:, 1:].flatten(), teacher.hard(cfg, rows) if teacher and rows else None
+        weights = None if ce_at is None else ce_at.flatten() / targets.numel()
+        learnt, nll = weighted_nll(states.flatten(0, 1), model.table, targets, weights)
         ce = nll.mean()
         if not (teacher and rows):
-            return ce_w * ce, {"ce": ce.detach()}
-        ce_at, kl = teacher.hard(cfg, rows), teacher.divergence(cfg, model.table, rows, tokens[:, 1:])(states)
-        learnt = ce if ce_at is None else (nll * ce_at.flatten()).mean()
-        return ce_w * learnt + cfg.kd_w * kl, {"ce": ce.detach(), "kl": kl.detach()}
+            return ce_w * learnt, {"ce": ce}
+        kl = teacher.divergence(cfg, model.table, rows, tokens[:, 1:])(states)
+        return ce_w * learnt + cfg.kd_w * kl, {"ce": ce, "kl": kl.detach()}
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
         rows = teacher.rows(windows.starts(step), shape.context, first=1) if teacher else ()

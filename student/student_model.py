@@ -29,7 +29,7 @@ from ae.losses import token_nll
 from configs.errors import UserError
 from configs.run import load_model
 from configs.schema import config_from
-from student.baseline import BackboneConfig
+from student.baseline import NO_PADDING, BackboneConfig
 from student.energy import EnergyHead
 from student.local_decoder import LocalDecoder
 
@@ -112,7 +112,7 @@ class Student(nn.Module):
         )
         start = self.start.expand(len(tokens), 1, -1)
         x = start if x is None else torch.cat([start.to(x.dtype), x], dim=1)  # (B, L, H)
-        return self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state
+        return self.backbone(inputs_embeds=x, attention_mask=NO_PADDING, use_cache=False).last_hidden_state
 
     def predict_latents(self, tokens: Tensor) -> Tensor:
         """(B, T) -> predicted latents z_hat (B, L, D), each from the chunks before it; zeros with the latent path off."""
