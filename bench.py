@@ -3,7 +3,7 @@
     python bench.py --student checkpoints/student.pt --baseline checkpoints/token_model.pt --max_new_tokens 128
     python bench.py --race --scale cpu-100m --batch 1 32 --prompt_tokens 32 2048
     python bench.py --screen --student checkpoints/student.pt --data data/packed
-    python bench.py --train
+    python bench.py --train --scale cpu-100m
 
 The first compares both eager, at batch 1, in float32. `--race` runs both eager and compiled, in the machine's best dtype,
 at every batch and prompt length asked for, and writes runs/race/race.json and a plot; `--screen` measures what the
@@ -368,7 +368,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts [3]")
     parser.add_argument("--output", help="write the JSON there too [--race: runs/race/race.json]")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--scale", default="demo", choices=("demo", *SHAPES), help="--race: demo is --student and --baseline")
+    parser.add_argument(
+        "--scale", default="demo", choices=("demo", *SHAPES), help="--race, --train; demo: --student, --baseline"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="--race [1]")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race [32]")
     parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
@@ -390,7 +392,8 @@ def main() -> None:
     if args.int8 and args.words:
         raise UserError(f"expected --int8 or --words, got both ({args.words} words); leave one out")
     if args.train:
-        speed.main(args.variant, args.device, args.repeats, args.output)
+        shape = None if args.scale == "demo" else vars(SHAPES[args.scale])
+        speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)
         return
     threads, device = tune_process(), pick_device(args.device)
     if args.peak_of:

@@ -1,7 +1,7 @@
 """Training speed: one row for each thing that is added to a plain fp32 eager loop, so that all see what buys what.
 
 Every row runs in a process of its own, since allocator settings cannot be taken back. A step is what the training loop
-does: loss, backward pass, clipping, AdamW; on random tokens, in the demo's shapes.
+does: loss, backward pass, clipping, AdamW; on random tokens, in the demo's shapes or those of a larger backbone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ae.ae_model import AEConfig, Autoencoder
-from ae.losses import ae_loss
+from ae.losses import ae_loss, weighted_nll
 from configs.errors import UserError
-from configs.loop import adamw
+from configs.loop import optimizers
 from configs.run import environment, has_fast_bf16, pick_device, tune_process, wants_compile
 from configs.schema import AETrainConfig, StudentTrainConfig, read_yaml
 from student.baseline import BackboneConfig, TokenModel
@@ -35,48 +36,74 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = 4096
 
 
-def make_step(model: str, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor], int]:
-    """A model of the demo's shape, the loss of a batch of random tokens, and the tokens of that batch."""
-    ae_cfg, lm = read_yaml(CONFIGS / "demo_ae.yaml"), read_yaml(CONFIGS / "demo_student.yaml")
-    k, batch, length = ae_cfg["k"], lm["batch_size"], lm["seq_len"]
+@dataclass(frozen=True)
+class Scale:
+    """What is trained: the models' shapes and the batch of a step."""
+
+    backbone: dict[str, Any]  # BackboneConfig's fields
+    ae: AEConfig
+    windows: int
+    chunks: int  # of the autoencoder's batch
+
+
+def demo_scale() -> Scale:
+    """The shapes and batches of `make demo`."""
+    ae, lm = read_yaml(CONFIGS / "demo_ae.yaml"), read_yaml(CONFIGS / "demo_student.yaml")
+    backbone = {name: lm[name] for name in ("hidden_dim", "num_layers", "num_heads", "seq_len")}
+    backbone |= {"num_kv_heads": lm["num_heads"], "ffn_dim": 3 * lm["hidden_dim"], "k": ae["k"], "vocab_size": VOCABULARY}
+    shape = AEConfig(VOCABULARY, ae["k"], ae["latent_dim"], ae["embed_dim"], ae["num_layers"])
+    return Scale(backbone, shape, lm["batch_size"], ae["batch_size"])
+
+
+def larger_scale(shape: Mapping[str, int]) -> Scale:
+    """One window of 64 chunks, which on one core takes 100 M parameters seconds; `shape` as in bench.py."""
+    own, k, seq_len = ("latent_dim", "embed_dim"), 8, 64
+    backbone = {name: value for name, value in shape.items() if name not in own} | {"k": k, "seq_len": seq_len}
+    ae = AEConfig(k=k, num_layers=4, **{name: shape[name] for name in ("vocab_size", *own)})
+    return Scale(backbone, ae, windows=1, chunks=seq_len)
+
+
+def make_step(model: str, device: torch.device, scale: Scale | None = None) -> tuple[nn.Module, Callable[[], Tensor], int]:
+    """A model of this scale (unset: the demo's), the loss of a batch of random tokens, and the tokens of that batch."""
+    scale = scale or demo_scale()
+    ae, vocabulary = scale.ae, scale.ae.vocab_size
     torch.manual_seed(0)
     if model == "ae":
-        chunks = torch.randint(2, VOCABULARY, (ae_cfg["batch_size"], k), device=device)
+        chunks = torch.randint(2, vocabulary, (scale.chunks, ae.k), device=device)
         defaults = AETrainConfig()
-        autoencoder = _ae(ae_cfg).to(device)
+        autoencoder = Autoencoder(ae).to(device)
         weights = {"kl_weight": defaults.kl_weight, "free_bits": defaults.free_bits, "latent_dropout": defaults.latent_dropout}
         return autoencoder, lambda: ae_loss(autoencoder, chunks, token_mask=defaults.token_mask, **weights)[0], chunks.numel()
-    shape = {name: lm[name] for name in ("hidden_dim", "num_layers", "num_heads", "seq_len")}
-    shape |= {"num_kv_heads": lm["num_heads"], "ffn_dim": 3 * lm["hidden_dim"], "k": k, "vocab_size": VOCABULARY}
-    tokens = torch.randint(2, VOCABULARY, (batch, length * k), device=device)
+    tokens = torch.randint(2, vocabulary, (scale.windows, scale.backbone["seq_len"] * ae.k), device=device)
     if model == "token_model":
-        token_model = TokenModel(BackboneConfig(**shape)).to(device)
-        return token_model, lambda: token_model.nll(tokens).mean(), tokens.numel()
-    defaults_lm = StudentTrainConfig()
+        token_model = TokenModel(BackboneConfig(**scale.backbone)).to(device)
+
+        def token_loss() -> Tensor:
+            states = token_model.hidden(tokens)[:, 1:].flatten(0, 1)
+            return weighted_nll(states, token_model.table, tokens[:, 1:].flatten())[0]
+
+        return token_model, token_loss, tokens.numel()
+    lm = StudentTrainConfig()
     cfg = StudentConfig(
-        **shape, latent_dim=ae_cfg["latent_dim"], embed_dim=ae_cfg["embed_dim"], ae_layers=ae_cfg["num_layers"],
-        local_layers=defaults_lm.local_layers, local_window=defaults_lm.local_window, pad_id=1,
+        **scale.backbone, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
+        local_layers=lm.local_layers, local_window=lm.local_window, pad_id=1,
     )  # fmt: skip
-    student, frozen = Student(cfg).to(device), _ae(ae_cfg).to(device).requires_grad_(False)
-    pads = torch.zeros(batch, dtype=torch.long, device=device)
-    loss = lambda: student_loss(student, frozen, tokens, pads, ce_w=1.0, mse_w=defaults_lm.mse_w)[0]
+    student, frozen = Student(cfg).to(device), Autoencoder(ae).to(device).requires_grad_(False)
+    pads = torch.zeros(scale.windows, dtype=torch.long, device=device)
+    loss = lambda: student_loss(student, frozen, tokens, pads, ce_w=1.0, mse_w=lm.mse_w)[0]
     return student, loss, tokens.numel()
 
 
-def _ae(cfg: dict[str, Any]) -> Autoencoder:
-    return Autoencoder(AEConfig(VOCABULARY, cfg["k"], cfg["latent_dim"], cfg["embed_dim"], cfg["num_layers"]))
-
-
-def measure(model: str, variant: int, device_name: str, repeats: int) -> dict[str, Any]:
-    """Tokens a second of one row; `variant` is an index of VARIANTS."""
+def measure(model: str, variant: int, device_name: str, repeats: int, scale: Scale | None = None) -> dict[str, Any]:
+    """Tokens a second of one row; `variant` is an index of VARIANTS; scale as `make_step`."""
     if variant >= 1:
         tune_process()
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     device = pick_device(device_name)
-    module, loss, tokens = make_step(model, device)
+    module, loss, tokens = make_step(model, device, scale)
     compute = torch.compile(loss) if variant >= 3 else loss
-    optimizer = adamw(module, StudentTrainConfig())
+    (optimizer,) = optimizers(module, StudentTrainConfig())
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=variant >= 2):
@@ -97,28 +124,42 @@ def measure(model: str, variant: int, device_name: str, repeats: int) -> dict[st
         seconds.append(time.perf_counter() - start)
     rates = [tokens / s for s in seconds]
     return {"model": model, "variant": VARIANTS[variant], "tokens_per_s": statistics.median(rates),
-            "tokens_per_s_range": [min(rates), max(rates)], "seconds_per_step": statistics.median(seconds)}  # fmt: skip
+            "tokens_per_s_range": [min(rates), max(rates)], "seconds_per_step": statistics.median(seconds),
+            "tokens_per_step": tokens}  # fmt: skip
 
 
-def main(variant: str | None, device: str, repeats: int, output: str | None) -> None:
-    """`bench.py --train`; `variant` "MODEL:INDEX" measures one row and prints it as JSON."""
+def student_to_token(rows: list[dict[str, Any]]) -> float:
+    """Seconds a step of the student over the token-level model's, each with all that was added."""
+    last = {row["model"]: row for row in rows}
+    assert last["student"]["tokens_per_step"] == last["token_model"]["tokens_per_step"]
+    return float(last["student"]["seconds_per_step"] / last["token_model"]["seconds_per_step"])
+
+
+def main(
+    variant: str | None, device: str, repeats: int, output: str | None, scale: str, shape: Mapping[str, int] | None
+) -> None:
+    """`bench.py --train`; `variant` "MODEL:INDEX" measures one row and prints it as JSON.
+
+    shape: that of `scale` in bench.py; None is the demo's.
+    """
     if variant is not None:
         model, _, number = variant.partition(":")
         if model not in MODELS or not number.isdigit() or int(number) >= len(VARIANTS):
             raise UserError(f"--variant {variant}: expected MODEL:INDEX, a model of {', '.join(MODELS)}")
-        print(json.dumps(measure(model, int(number), device, repeats)))
+        print(json.dumps(measure(model, int(number), device, repeats, larger_scale(shape) if shape else None)))
         return
     where = pick_device(device)
     count = 4 if wants_compile(None, where) else 3
     rows = []
-    print(f"{'':14}{'':14}{'tokens/s':>12}{'(min .. max)':>22}{'s/step':>10}{'ratio':>8}")
+    print(f"{scale:14}{'':14}{'tokens/s':>12}{'(min .. max)':>22}{'s/step':>10}{'ratio':>8}")
     for model in MODELS:
         plain = None
         for index in range(count):
             if index == 2 and not has_fast_bf16(where):
                 continue
             command = [sys.executable, sys.argv[0], "--train", "--variant", f"{model}:{index}", "--device", device]
-            done = subprocess.run([*command, "--repeats", str(repeats)], capture_output=True, text=True)
+            command += ["--scale", scale, "--repeats", str(repeats)]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"timing {model}, {VARIANTS[index]} failed: {done.stderr.strip().splitlines()[-1]}")
             row = json.loads(done.stdout.splitlines()[-1])
@@ -131,7 +172,9 @@ def main(variant: str | None, device: str, repeats: int, output: str | None) -> 
                 flush=True,
             )
             rows.append(row)
-    line = json.dumps({"rows": rows, "environment": environment()})
+    ratio = student_to_token(rows)
+    print(f"student / token_model seconds a step at equal tokens: {ratio:.2f}")
+    line = json.dumps({"scale": scale, "rows": rows, "student_to_token_model": ratio, "environment": environment()})
     if output:
         Path(output).write_text(line + "\n", encoding="utf-8")
     print(line)

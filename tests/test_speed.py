@@ -1,0 +1,54 @@
+"""What `bench.py --train` measures, at a size that takes no time, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_script
+
+import bench
+from student import speed
+
+CPU = torch.device("cpu")
+
+
+def test_a_scale_of_the_race() -> None:
+    """Equal tokens for all three, the same backbone, and each a whole step."""
+    scale = speed.larger_scale(vars(bench.SHAPES["tiny"]))
+    for model in speed.MODELS:
+        module, loss, tokens = speed.make_step(model, CPU, scale)
+        loss().backward()
+        assert tokens == 512 and all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    student, token_model = (speed.make_step(name, CPU, scale)[0].cfg for name in ("student", "token_model"))
+    assert all(getattr(student, key) == value == getattr(token_model, key) for key, value in scale.backbone.items())
+
+
+def test_the_table_ends_in_the_ratio(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of the last rows; each row is a process that is told the scale."""
+    monkeypatch.setattr(speed, "wants_compile", lambda *_: False)
+    monkeypatch.setattr(speed, "has_fast_bf16", lambda _: True)
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[command.index("--scale") + 1] == "tiny"
+        model, index = command[command.index("--variant") + 1].split(":")
+        seconds = {"ae": 1.0, "token_model": 2.0, "student": 1.5}[model] / (1 + int(index))
+        row = {"model": model, "variant": speed.VARIANTS[int(index)], "tokens_per_step": 512, "seconds_per_step": seconds}
+        row |= {"tokens_per_s": 512 / seconds, "tokens_per_s_range": [1.0, 2.0]}
+        return subprocess.CompletedProcess(command, 0, json.dumps(row), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(speed, "environment", dict)
+    assert run_script(bench, "--train", "--scale", "tiny", "--output", str(tmp_path / "out.json")) == 0
+    *table, ratio, line = capsys.readouterr().out.splitlines()
+    assert ratio == "student / token_model seconds a step at equal tokens: 0.75"
+    result = json.loads(line)
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert (result["scale"], result["student_to_token_model"], len(result["rows"])) == ("tiny", 0.75, len(table) - 1)
+    assert [row["ratio_to_plain"] for row in result["rows"]] == pytest.approx([1, 2, 3] * 3)
