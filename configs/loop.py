@@ -1,4 +1,4 @@
-"""The training loop of every model here: AdamW, one loss a step, metrics, saves, exact resume.
+"""The training loop of every model here: AdamW or Muon, one loss a step, metrics, saves, exact resume.
 
 A step is a function of (seed, step) and the weights alone: its data comes from `TrainWindows`, its noise from a
 generator seeded by the step. So a resumed run equals an undisturbed one, bit for bit on the CPU.
@@ -36,7 +36,7 @@ from configs.run import (
     tune_process,
     wants_compile,
 )
-from configs.schema import TrainConfig, as_dict
+from configs.schema import LMTrainConfig, TrainConfig, as_dict
 
 # Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
@@ -104,14 +104,27 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * warm * (min(1.0, (total - step) / fall) if fall > 0 else 1.0)
 
 
-def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices of the transformer's layers instead.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate. Raises
+    UserError where a model has no such layers.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    made: list[torch.optim.Optimizer] = []
+    if isinstance(cfg, LMTrainConfig) and cfg.optimizer == "muon":
+        if cfg.fsdp:
+            raise UserError(
+                "--optimizer muon needs whole matrices in each process: train without --fsdp, or with --optimizer adamw"
+            )
+        matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
+        made.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        named = [(name, p) for name, p in named if not (".layers." in name and p.ndim == 2)]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return [*made, torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)]
 
 
 class _StopSignal:
@@ -157,7 +170,7 @@ def fit(
     """
     folder, here, run = Path(cfg.checkpoint_dir), setup.here, setup.run
     replicas = Replicas(model, cfg, here, setup.device)
-    optimizer, first = adamw(model, cfg), 0
+    every, first = optimizers(model, cfg), 0
     loss_of = torch.compile(loss_of) if setup.compile else loss_of
     state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
     if here.first:
@@ -167,10 +180,11 @@ def fit(
         state = replicas.in_turn(_saved_state, name, shards if replicas.sharded else state_path, saved, cfg, content, run)
         first = state["step"]
         if replicas.sharded:
-            replicas.load_shards(saved[0], optimizer)
+            replicas.load_shards(saved[0], every)
         else:
             load_weights(model, state["state"], state_path)
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, kept in zip(every, state.get("optimizers") or [state["optimizer"]], strict=True):
+                optimizer.load_state_dict(kept)
         run.log(f"{name}: resumed at step {first} of {total} from {saved[0] if replicas.sharded else state_path}")
     run.go_on_from(first)
 
@@ -182,9 +196,9 @@ def fit(
     def save(step: int) -> None:
         about = {"config": content["config"], "train_config": content["train_config"], "step": step}
         if replicas.sharded:
-            replicas.save_shards(shards, optimizer, about)
+            replicas.save_shards(shards, every, about)
         elif here.first:
-            state = {**about, "state": replicas.weights(), "optimizer": optimizer.state_dict()}
+            state = {**about, "state": replicas.weights(), "optimizers": [x.state_dict() for x in every]}
             save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
         save_model(step, {})
 
@@ -196,16 +210,18 @@ def fit(
     mark, mark_step = time.perf_counter(), first
     try:
         for step in range(first, total):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, cfg)
+            rate = learning_rate(step, total, cfg)
+            for group in (group for optimizer in every for group in optimizer.param_groups):
+                group["lr"] = rate
             torch.manual_seed((cfg.seed << 32) + step)
             batch = batch_at(step)
             loss, parts = replicas.backward(loss_of, batch, step, setup.autocast)
             norm = replicas.clip(cfg.grad_clip)
             if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
                 raise _not_finite(name, folder, cfg, step, replicas.mean([loss])[0], norm.item(), batch if here.first else None)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in every:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             bar.update()
             done = step + 1
             if done % cfg.log_every == 0 or done == total:
@@ -217,7 +233,7 @@ def fit(
                     tokens=done * tokens_per_step,
                     loss=mean,
                     **shown,
-                    lr=optimizer.param_groups[0]["lr"],
+                    lr=rate,
                     grad_norm=round(float(norm), 4),
                     tokens_per_s=round((done - mark_step) * tokens_per_step / seconds, 1),
                 )
@@ -262,6 +278,8 @@ def _saved_state(
         changed = sorted(k for k in shape if state["config"].get(k) != shape[k])
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
     before, now = state["train_config"], as_dict(cfg)
+    if (was := before.get("optimizer", "adamw")) != (asked := now.get("optimizer", "adamw")):
+        raise UserError(f"--resume: {path} was saved with --optimizer {was}, got {asked}; go on with {was}")
     other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")

@@ -205,7 +205,7 @@ class Replicas:
         whole: Any = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return whole
 
-    def save_shards(self, folder: Path, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> None:
+    def save_shards(self, folder: Path, optimizers: list[torch.optim.Optimizer], about: dict[str, Any]) -> None:
         """Every process writes its part of weights and optimizer; `about` comes last, and says that the save is whole.
 
         The save before it is kept, older ones are removed.
@@ -217,7 +217,7 @@ class Replicas:
         if self.here.first:
             (place / ABOUT).unlink(missing_ok=True)
         dist.barrier()
-        weights, states = get_state_dict(self.model, optimizer)
+        weights, states = get_state_dict(self.model, optimizers)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=place)
         if self.here.first:
             temporary = place / f".{ABOUT}.tmp"
@@ -229,19 +229,19 @@ class Replicas:
                     shutil.rmtree(old)
         dist.barrier()
 
-    def load_shards(self, place: Path, optimizer: torch.optim.Optimizer) -> None:
+    def load_shards(self, place: Path, optimizers: list[torch.optim.Optimizer]) -> None:
         """Take weights and optimizer back from a save, of any number of processes. Raises UserError where it is damaged."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-        weights, states = get_state_dict(self.model, optimizer)
+        weights, states = get_state_dict(self.model, optimizers)
         try:
             dcp.load({"model": weights, "optimizer": states}, checkpoint_id=place)
         except (dcp.CheckpointException, RuntimeError, OSError, ValueError) as error:
             raise UserError(
                 f"--resume: {place} is damaged ({str(error).splitlines()[0]}); remove it to go on from the save before"
             ) from None
-        set_state_dict(self.model, optimizer, model_state_dict=weights, optim_state_dict=states)
+        set_state_dict(self.model, optimizers, model_state_dict=weights, optim_state_dict=states)
 
 
 def whole_saves(folder: Path) -> list[Path]:

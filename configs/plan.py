@@ -121,7 +121,7 @@ def measure(
     model: nn.Module, cfg: TrainConfig, loss_of: Callable[..., loop.Losses], batch: tuple[Tensor, ...], setup: loop.Setup
 ) -> Memory:
     """Memory and FLOPs of a training step on `batch`, one microbatch. Real and fake tensors are measured alike."""
-    optimizer = loop.adamw(model, cfg)
+    optimizers = loop.optimizers(model, cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     counter, live = FlopCounterMode(display=False), LiveBytes()
@@ -135,14 +135,16 @@ def measure(
                 loss.backward()
             gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
             nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             del loss, parts
-    states = sum(x.numel() * x.element_size() for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor))
+    states = [x for optimizer in optimizers for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
+    kept = sum(x.numel() * x.element_size() for x in states)
     peak = live.given + live.peak
     frozen = live.given - sum(p.numel() * p.element_size() for p in trained)
-    rest = peak - parameters - frozen - gradients - states - activations
-    return Memory(parameters, frozen, gradients, states, activations, rest, peak, counter.get_total_flops())
+    rest = peak - parameters - frozen - gradients - kept - activations
+    return Memory(parameters, frozen, gradients, kept, activations, rest, peak, counter.get_total_flops())
 
 
 def device_bytes(device: torch.device) -> int:

@@ -99,6 +99,9 @@ class LMTrainConfig(TrainConfig):
     fsdp: bool = opt(False, "share weights, gradients and optimizer out over torchrun's processes (FSDP2)")
     activation_checkpointing: bool = opt(False, "keep only the inputs of the backbone's layers, and compute them twice")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
+    optimizer: str = opt(
+        "adamw", "adamw, or muon, which has the matrices of backbone and local decoder", choices=("adamw", "muon")
+    )
     ce_w: float | None = opt(
         None,
         "weight of the token cross-entropy under the exact conditional; unset: 1, but 0 where a teacher's logprobs are "

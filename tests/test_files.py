@@ -314,7 +314,7 @@ def make_files(kind: str, folder: Path, packed: World) -> None:
         torch.stack([x.sum() for x in model.parameters()]).sum().backward()
         optimizer.step()
         about = {"config": as_dict(model.cfg), "train_config": {"lr": 1e-3}, "step": 1}
-        content = {**about, "state": model.state_dict(), "optimizer": optimizer.state_dict()}
+        content = {**about, "state": model.state_dict(), "optimizers": [optimizer.state_dict()]}
         save_checkpoint(folder / "ae.state.pt", "ae.state", content)
     elif kind in MODELS:
         model = MODELS[kind]()

@@ -53,10 +53,11 @@ def planned(module: object, capsys: pytest.CaptureFixture[str], *flags: object) 
 
 def real_bytes(model: nn.Module, cfg: LMTrainConfig, loss: Tensor) -> tuple[int, int, int]:
     """Weights, gradients and optimizer states of a real step."""
-    optimizer = loop.adamw(model, cfg)
     loss.backward()
-    optimizer.step()
-    states = [x for state in optimizer.state.values() for x in state.values()]
+    states = []
+    for optimizer in loop.optimizers(model, cfg):
+        optimizer.step()
+        states += [x for state in optimizer.state.values() for x in state.values()]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return tuple(sum(x.numel() * x.element_size() for x in xs) for xs in (model.parameters(), gradients, states))  # type: ignore[return-value]
 

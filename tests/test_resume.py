@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_AE, SMALL_LM, World, run_script
+from conftest import ROOT, SMALL_AE, SMALL_LM, World, make_student, run_script
 
 from ae import train_ae
 from ae.chunks import PackedData, TrainWindows
+from configs.errors import UserError
+from configs.loop import optimizers
+from configs.schema import StudentTrainConfig
 from student import baseline, train_student
 
 SCRIPTS = {"ae": train_ae, "token_model": baseline, "student": train_student}
@@ -42,9 +45,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(m["step"], m["loss"]) for m in lines if "loss" in m]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_ten_steps_are_five_and_five(name: str, world: World, tmp_path: Path) -> None:
-    flags = flags_of(name, world)
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, ()) for name in SCRIPTS), ("student", ("--optimizer", "muon"))])
+def test_ten_steps_are_five_and_five(name: str, optimizer: tuple[str, ...], world: World, tmp_path: Path) -> None:
+    flags = [*flags_of(name, world), *optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_script(SCRIPTS[name], *world.train_flags(whole), *flags, "--max_steps", 10) == 0
     assert run_script(SCRIPTS[name], *world.train_flags(parts), *flags, "--max_steps", 5) == 0
@@ -65,6 +68,27 @@ def test_resume_refuses_another_model_and_no_state(world: World, tmp_path: Path,
     assert "another model (different latent_dim)" in capsys.readouterr().err
     assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--lr", 0.5) == 0
     assert "another run than the one that was saved: lr 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_muon_has_the_matrices_of_the_layers(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_student()
+    muon, adamw = optimizers(model, StudentTrainConfig(optimizer="muon"))
+    its_own = {id(p) for p in muon.param_groups[0]["params"]}
+    named = {name for name, p in model.named_parameters() if id(p) in its_own}
+    layers = {
+        "backbone.layers.0.self_attn.q_proj.weight",
+        "backbone.layers.0.mlp.down_proj.weight",
+        "local.layers.0.qkv.weight",
+    }
+    assert layers <= named and not any("ae." in name or "norm" in name or name.startswith("exit") for name in named)
+    rest = sum(len(group["params"]) for group in adamw.param_groups)
+    assert len(its_own) + rest == sum(p.requires_grad for p in model.parameters())
+    flags = [*world.train_flags(tmp_path), *flags_of("token_model", world)]
+    assert run_script(baseline, *flags, "--max_steps", 1) == 0
+    assert run_script(baseline, *flags, "--max_steps", 2, "--resume", "--optimizer", "muon") == 2
+    assert "saved with --optimizer adamw, got muon; go on with adamw" in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs whole matrices"):
+        optimizers(model, StudentTrainConfig(optimizer="muon", fsdp=True))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
