@@ -101,15 +101,13 @@ class LatentStep(nn.Module):
         return g, F.linear(self.local.norm_g(g), self.enter_g)
 
     def _move(self, window: Window, size: int) -> None:
-        """The last W entries become the first, at positions -W..-1; the K behind them are to be written."""
+        """Every entry moves to the front by a chunk, the first W turned by positions -W..-1; the last K are to be written."""
+        k = window.bias.shape[1] - size
         for keys, turned, values in zip(window.keys, window.turned, window.values, strict=True):
-            last = keys[:, :, -size:].clone()  # the two ends overlap
-            keys[:, :, :size] = last
-            turned[:, :, :size] = rotate(last, self.cos, self.sin)
-            values[:, :, :size] = values[:, :, -size:].clone()
-        bias = window.bias[:, -size:].clone()
-        window.bias[:, :size] = bias
-        window.bias[:, size:] = 0.0
+            turned[:, :, :size] = rotate(keys[:, :, k:], self.cos, self.sin)
+            keys.copy_(keys.roll(-k, 2))
+            values.copy_(values.roll(-k, 2))
+        window.bias.copy_(F.pad(window.bias[:, k:], (0, k)))
 
 
 class TokenStep(nn.Module):
