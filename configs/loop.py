@@ -107,16 +107,11 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices of the transformer's layers instead.
 
-    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate. Raises
-    UserError where a model has no such layers.
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     made: list[torch.optim.Optimizer] = []
     if isinstance(cfg, LMTrainConfig) and cfg.optimizer == "muon":
-        if cfg.fsdp:
-            raise UserError(
-                "--optimizer muon needs whole matrices in each process: train without --fsdp, or with --optimizer adamw"
-            )
         matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
         made.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         named = [(name, p) for name, p in named if not (".layers." in name and p.ndim == 2)]
