@@ -17,6 +17,7 @@ from configs.errors import UserError
 DEPTH = 32.0  # nats below the likeliest word: what is rarer has no chance of being drawn, and is never kept by a filter
 QUARTERINGS = 8  # of DEPTH + 1: thresholds are found to 5e-4 nats
 NEIGHBOURS = 8  # words, one behind the other in the table, that the screen takes together
+WIDTHS = 16  # of which the 8-bit product's width must be a multiple: its kernel reads whole vectors, past the end if need be
 BLOCK = 16  # entries of a running sum that are added up together
 
 
@@ -111,9 +112,12 @@ class Int8(Vocabulary):
             raise UserError(f"int8: expected a model on the CPU, got one on {table.device}; leave it out there")
         scale = (table.float().abs().amax(-1) / 127).clamp(min=1e-30).to(table.dtype)  # (V,), rounded before it is used
         rows = (table.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        rows = nn.functional.pad(rows, (0, -rows.shape[1] % WIDTHS))  # (V, E and zeros)
         self.rows, self.scale = (nn.Parameter(x, requires_grad=False) for x in (rows, scale))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if short := self.rows.shape[1] - hidden.shape[1]:
+            hidden = nn.functional.pad(hidden, (0, short))
         return torch._weight_int8pack_mm(hidden, self.rows, self.scale).float() + self.bias
 
     def bytes_read(self, rows: int) -> int:

@@ -29,7 +29,7 @@ def eager(model: Student) -> Sampler:
     return Sampler(model, Letters())  # type: ignore[arg-type]
 
 
-VARIANTS: list[dict[str, Any]] = [
+VARIANTS: list[dict[str, Any]] = [{"local_qk_norm": True},
     {}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3},
     *({"local_window": window} for window in (1, 3, 4, 6, 9, 13)),  # less than a chunk of 4, one, and more
 ]  # fmt: skip
@@ -241,6 +241,19 @@ def test_int8_draws_from_nearly_the_same_distribution(dtype: torch.dtype) -> Non
     params = SamplingParams(8, temperature=0.9, top_p=0.9)
     shares = [distribution(product(hidden)[0], params, "draw") for product in (exact, int8)]
     assert (shares[0] - shares[1]).abs().sum() / 2 < 0.05 and not shares[1][[1, 300]].any()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("width", [20, 24, 32])
+def test_int8_of_any_width(width: int, rows: int) -> None:
+    """A table of whole numbers, whose largest is 127 in each row, loses nothing in 8 bits."""
+    table = torch.randint(-127, 128, (51, width))
+    table[:, width - 1] = 127
+    hidden = torch.randn(rows, width, dtype=torch.bfloat16)
+    int8 = Int8(table.bfloat16(), torch.zeros(51, dtype=torch.bool))
+    exact = hidden.double() @ table.double().T
+    assert torch.allclose(int8(hidden).double(), exact, rtol=2**-8, atol=1e-2)
+    assert int8.bytes_read(rows) == 51 * (32 + 2)
 
 
 def test_compiled_int8_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
