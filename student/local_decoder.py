@@ -31,6 +31,22 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention in which query i sees key j where seen[..., i, j]: q (B, A, N, T, d), k and v (B, A, N, S, d), seen
+    broadcastable to (B, A, N, T, S) -> (B, A, N, T, d). For CPUs, whose fused kernels are slow on many short rows with a
+    mask, above all backwards.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, A, N, T, S)
+    return scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """The same as `written_out`, for GPUs, whose kernels keep no scores; they take four dimensions."""
+    seen = seen.expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)  # (B * A, N, T, S): no copy where all rows have one mask
+    out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=seen)
+    return out.unflatten(0, q.shape[:2])
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tensor | None = None) -> Tensor:
     """Causal attention in which position t sees t-window+1..t: (B, A, T, d) each -> (B, A, T, d).
 
@@ -38,6 +54,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
     first: (B,), positions before it are hidden (rows that begin later than position 0).
     """
     length = q.shape[2]
+    window = min(window, length)
     blocks = -(-length // window)
 
     def split(x: Tensor) -> Tensor:  # (B, A, T, d) -> (B, A, N, W, d)
@@ -54,10 +71,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
     if first is not None:  # a hidden query still needs one key to look at: itself
         seen = (seen & (at + key_at >= first[:, None, None, None])) | (key_at == query_at)  # (B, N, W, 2W)
         seen = seen[:, None]
-    # Written out, as the fused attention kernels are slow on many short rows with a mask, above all backwards on a CPU.
-    scores = split(q * q.shape[-1] ** -0.5) @ with_previous(split(k)).transpose(-1, -2)  # (B, A, N, W, 2W)
-    weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
-    return (weights @ with_previous(split(v))).flatten(2, 3)[:, :, :length]
+    attend = written_out if q.device.type == "cpu" else fused
+    return attend(split(q), with_previous(split(k)), with_previous(split(v)), seen).flatten(2, 3)[:, :, :length]
 
 
 @dataclass
@@ -75,20 +90,29 @@ class LocalCache:
 
 
 class LocalLayer(nn.Module):
-    """Windowed causal attention and a SwiGLU block, both pre-norm and residual."""
+    """Windowed causal attention and a SwiGLU block, both pre-norm and residual.
 
-    def __init__(self, dim: int, window: int) -> None:
+    qk_norm: RMSNorm of each head's queries and keys, as in the backbone's layers (arXiv 2302.05442, 2505.09388).
+    """
+
+    def __init__(self, dim: int, window: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.window = max(1, dim // HEAD_DIM), window
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // self.heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(dim, dim, bias=False)
         self.mlp = SwiGLU(dim, 2 * dim)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, E) -> rotated queries, rotated keys, values, each (B, A, T, d)."""
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.transpose(1, 2) for part in self.split(x))
         return rotate(q, positions), rotate(k, positions), v
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., E) -> queries and keys that are not rotated yet, and values, each (..., A, d)."""
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.norm_q(q), self.norm_k(k), v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add what attention (B, A, T, d) found to x (B, T, E), then the feed-forward block."""
@@ -101,12 +125,12 @@ class LocalDecoder(nn.Module):
     The last projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
     """
 
-    def __init__(self, dim: int, layers: int, window: int) -> None:
+    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.window = window
         self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.enter = nn.Linear(2 * dim, dim, bias=False)
-        self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window) for _ in range(layers))  # type: ignore[assignment]
+        self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window, qk_norm) for _ in range(layers))  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.exit = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.exit.weight)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from student.local_decoder import LocalDecoder, windowed_attention
+from student import local_decoder
+from student.local_decoder import LocalDecoder, fused, windowed_attention, written_out
 
 
 def decoder(window: int, layers: int = 2) -> LocalDecoder:
@@ -15,9 +16,15 @@ def decoder(window: int, layers: int = 2) -> LocalDecoder:
     return model.eval()
 
 
+@pytest.fixture(params=[written_out, fused])
+def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to attend, whatever device it is meant for."""
+    monkeypatch.setattr(local_decoder, "written_out", request.param)
+
+
 @pytest.mark.parametrize("window", [1, 2, 5, 16])
 @pytest.mark.parametrize("length", [1, 5, 16, 23])
-def test_windowed_attention_is_dense_attention_with_a_mask(window: int, length: int) -> None:
+def test_windowed_attention_is_dense_attention_with_a_mask(attend: None, window: int, length: int) -> None:
     q, k, v = qkv = torch.randn(3, 2, 3, length, 8, requires_grad=True)
     at = torch.arange(length)
     mask = (at[:, None] >= at) & (at[:, None] - at < window)
@@ -28,7 +35,20 @@ def test_windowed_attention_is_dense_attention_with_a_mask(window: int, length: 
     assert torch.allclose(one, two, atol=1e-5)
 
 
-def test_positions_before_a_row_begins_are_hidden() -> None:
+def test_a_window_beyond_the_text_costs_no_more_than_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def seen_by(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        shapes.append((q.shape, k.shape))
+        return written_out(q, k, v, seen)
+
+    monkeypatch.setattr(local_decoder, "written_out", seen_by)
+    q, k, v = torch.randn(3, 1, 2, 3, 8)
+    assert torch.allclose(windowed_attention(q, k, v, 64), windowed_attention(q, k, v, 3))
+    assert shapes == [((1, 2, 1, 3, 8), (1, 2, 1, 6, 8))] * 2
+
+
+def test_positions_before_a_row_begins_are_hidden(attend: None) -> None:
     q, k, v = qkv = torch.randn(3, 3, 2, 13, 8, requires_grad=True)
     first = torch.tensor([0, 4, 11])
     out = windowed_attention(q, k, v, 5, first)
