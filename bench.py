@@ -391,11 +391,15 @@ def main() -> None:
         raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")
     if args.int8 and args.words:
         raise UserError(f"expected --int8 or --words, got both ({args.words} words); leave one out")
+    if not args.race and (args.int8 or args.words is not None):
+        raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the race of the fast paths; add --race")
     if args.train:
         shape = None if args.scale == "demo" else vars(SHAPES[args.scale])
         speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)
         return
     threads, device = tune_process(), pick_device(args.device)
+    if args.int8 and device.type != "cpu":
+        raise UserError(f"--int8: expected the CPU, got {device}; leave it out there, or give --device cpu")
     if args.peak_of:
         print_peak(args, device)
     elif args.race:

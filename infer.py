@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 
-from configs.errors import run_cli
+from configs.errors import UserError, run_cli
 from configs.run import pick_device, tune_process, wants_compile
 from student.fast import FastSampler
 from student.sampler import SamplingParams, load_sampler
@@ -43,6 +43,8 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto [auto]")
     args = parser.parse_args()
+    if not args.compile and (args.int8 or args.words):
+        raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the fast path; add --compile")
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
     threads = tune_process()
     device = pick_device(args.device)

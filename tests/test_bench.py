@@ -82,6 +82,22 @@ def test_a_race_in_8_bits(uncompiled: None, tmp_path: Path, capsys: pytest.Captu
     assert rows["token-compiled-screen", 1]["bytes_per_token"] < rows["token-compiled", 1]["bytes_per_token"]
 
 
+@pytest.mark.parametrize("mode", [[], ["--screen"], ["--train"]])
+@pytest.mark.parametrize("flag", [["--int8"], ["--words", 64]])
+def test_the_races_flags_elsewhere(mode: list[Any], flag: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(bench, *mode, *flag) == 2
+    assert f"{flag[0]} belongs to the race of the fast paths; add --race" in capsys.readouterr().err
+
+
+def test_8_bits_on_a_gpu_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "pick_device", torch.device)
+    monkeypatch.setattr(bench, "run_race", lambda *_: pytest.fail("the race ran"))
+    assert run_script(bench, "--race", "--int8", "--device", "cuda") == 2
+    assert "--int8: expected the CPU, got cuda" in capsys.readouterr().err
+
+
 def test_the_peak_is_the_childs_own() -> None:
     """A child of a process that has touched a GiB reports its own memory."""
     touched = torch.ones(1 << 28)

@@ -46,6 +46,8 @@ def test_infer(world: World) -> None:
         (["--prompt", "x", "--top_p", 0], "top_p: expected more than 0"),
         (["--prompt", "x", "--student", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--prompt", "x", "--device", "cuda:7"], "--device cuda:7 cannot be used"),
+        (["--prompt", "x", "--int8"], "--int8 belongs to the fast path; add --compile"),
+        (["--prompt", "x", "--words", 64], "--words belongs to the fast path; add --compile"),
     ],
 )
 def test_infer_with_bad_input(world: World, capsys: pytest.CaptureFixture[str], flags: list[Any], message: str) -> None:
