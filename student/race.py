@@ -9,9 +9,10 @@ Legend: `B` rows.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -287,12 +288,17 @@ def screen_quality(
         targets = torch.cat([tokens[:, model.cfg.k :].flatten() for tokens in batches])
         table = model.table.float()
         low = table.bfloat16()
-        others: list[tuple[str, Vocabulary]] = [("bfloat16", Vocabulary(low, never))]
-        others += [("int8", Int8(low, never))] if low.device.type == "cpu" else []
-        sizes = [(rank, words) for rank in ranks if rank <= table.shape[1] for words in counts if words < len(table)]
-        others += [(f"rank {rank}, {words} words", Screen(table, never, words, rank)) for rank, words in sizes]
         exact = Vocabulary(table, never)
-        for name, near in others:
+
+        def others() -> Iterator[tuple[str, Vocabulary]]:  # made when their turn comes: all at once are many tables
+            yield "bfloat16", Vocabulary(low, never)
+            if low.device.type == "cpu":
+                yield "int8", Int8(low, never)
+            for rank, words in itertools.product(ranks, counts):
+                if rank <= table.shape[1] and words < len(table):
+                    yield f"rank {rank}, {words} words", Screen(table, never, words, rank)
+
+        for name, near in others():
             parts = [_difference(near, exact(h), h, t) for h, t in zip(hidden.split(256), targets.split(256), strict=True)]
             values = {key: torch.cat([part[key] for part in parts]).double().mean().item() for key in parts[0]}
             size = {"rank": near.left.shape[1], "words": near.words} if isinstance(near, Screen) else {}
