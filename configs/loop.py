@@ -105,21 +105,33 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices of the transformer's layers instead.
+    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices instead, all but tables and autoencoder.
 
     Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    made: list[torch.optim.Optimizer] = []
-    if isinstance(cfg, LMTrainConfig) and cfg.optimizer == "muon":
-        matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
-        made.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-        named = [(name, p) for name, p in named if not (".layers." in name and p.ndim == 2)]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    muon, table_lr = (cfg.optimizer == "muon", cfg.table_lr) if isinstance(cfg, LMTrainConfig) else (False, 1.0)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parts: dict[str, list[Tensor]] = {"muon": [], "matrices": [], "vectors": [], "tables": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in tables and table_lr != 1:
+            parts["tables"].append(p)
+        elif muon and p.ndim == 2 and id(p) not in tables and not name.startswith("ae."):
+            parts["muon"].append(p)
+        else:
+            parts["matrices" if p.ndim >= 2 else "vectors"].append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": parts["matrices"], "weight_decay": cfg.weight_decay},
+        {"params": parts["vectors"], "weight_decay": 0.0},
     ]
-    return [*made, torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)]
+    if parts["tables"]:  # a higher rate, but no more decay
+        groups.append({"params": parts["tables"], "weight_decay": cfg.weight_decay / table_lr, "scale": table_lr})
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    if not muon:
+        return [adamw]
+    matrices = parts["muon"]
+    return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 class _StopSignal:
@@ -207,7 +219,7 @@ def fit(
         for step in range(first, total):
             rate = learning_rate(step, total, cfg)
             for group in (group for optimizer in every for group in optimizer.param_groups):
-                group["lr"] = rate
+                group["lr"] = rate * group.get("scale", 1.0)
             torch.manual_seed((cfg.seed << 32) + step)
             batch = batch_at(step)
             loss, parts = replicas.backward(loss_of, batch, step, setup.autocast)
@@ -275,8 +287,8 @@ def _saved_state(
     before, now = state["train_config"], as_dict(cfg)
     if (was := before.get("optimizer", "adamw")) != (asked := now.get("optimizer", "adamw")):
         raise UserError(f"--resume: {path} was saved with --optimizer {was}, got {asked}; go on with {was}")
-    other = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    if other := [change for change in other if change.split()[0] not in FREE_ON_RESUME]:
+    changed = [key for key in now if key in before and before[key] != now[key] and key not in FREE_ON_RESUME]
+    if other := [f"{key} {before[key]} -> {now[key]}" for key in changed]:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
     return state
 

@@ -19,7 +19,9 @@ from conftest import ROOT, SMALL_AE, SMALL_LM, World, make_student, run_script
 
 from ae import train_ae
 from ae.chunks import PackedData, TrainWindows
+from configs import loop
 from configs.loop import optimizers
+from configs.run import load_state, save_checkpoint
 from configs.schema import StudentTrainConfig
 from student import baseline, train_student
 
@@ -44,7 +46,10 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(m["step"], m["loss"]) for m in lines if "loss" in m]
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [*((name, ()) for name in SCRIPTS), ("student", ("--optimizer", "muon"))])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, ()) for name in SCRIPTS), ("student", ("--optimizer", "muon", "--table_lr", "5", "--local_qk_norm"))],
+)
 def test_ten_steps_are_five_and_five(name: str, optimizer: tuple[str, ...], world: World, tmp_path: Path) -> None:
     flags = [*flags_of(name, world), *optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -69,23 +74,59 @@ def test_resume_refuses_another_model_and_no_state(world: World, tmp_path: Path,
     assert "another run than the one that was saved: lr 0.001 -> 0.5" in capsys.readouterr().err
 
 
-def test_muon_has_the_matrices_of_the_layers(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_muon_has_the_matrices(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_student()
-    muon, adamw = optimizers(model, StudentTrainConfig(optimizer="muon"))
+    muon, adamw = optimizers(model, StudentTrainConfig(optimizer="muon", table_lr=5.0))
     its_own = {id(p) for p in muon.param_groups[0]["params"]}
     named = {name for name, p in model.named_parameters() if id(p) in its_own}
-    layers = {
-        "backbone.layers.0.self_attn.q_proj.weight",
-        "backbone.layers.0.mlp.down_proj.weight",
-        "local.layers.0.qkv.weight",
-    }
-    assert layers <= named and not any("ae." in name or "norm" in name or name.startswith("exit") for name in named)
+    matrices = {"backbone.layers.0.self_attn.q_proj.weight", "local.layers.0.qkv.weight", "local.enter.weight", "exit.weight"}
+    assert matrices <= named and not any("ae." in name or "norm" in name or "bias" in name for name in named)
+    (table,) = adamw.param_groups[-1]["params"]
+    assert table is model.table and adamw.param_groups[-1]["scale"] == 5
     rest = sum(len(group["params"]) for group in adamw.param_groups)
     assert len(its_own) + rest == sum(p.requires_grad for p in model.parameters())
     flags = [*world.train_flags(tmp_path), *flags_of("token_model", world)]
     assert run_script(baseline, *flags, "--max_steps", 1) == 0
     assert run_script(baseline, *flags, "--max_steps", 2, "--resume", "--optimizer", "muon") == 2
     assert "saved with --optimizer adamw, got muon; go on with adamw" in capsys.readouterr().err
+
+
+def test_every_group_of_every_optimizer_follows_the_schedule(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def kept(*args: Any) -> list[torch.optim.Optimizer]:
+        made.extend(optimizers(*args))
+        return made
+
+    monkeypatch.setattr(loop, "optimizers", kept)
+    flags = [*world.train_flags(tmp_path), *flags_of("token_model", world), "--optimizer", "muon", "--lr", 0.01]
+    assert run_script(baseline, *flags, "--max_steps", 3, "--warmup_steps", 0, "--lr_decay", 1.0) == 0
+    assert [type(x).__name__ for x in made] == ["Muon", "AdamW"]
+    rates = [group["lr"] for optimizer in made for group in optimizer.param_groups]
+    assert len(rates) == 3 and rates == pytest.approx([0.01 / 3] * 3)
+
+
+def test_a_save_from_before_a_setting_existed_goes_on_without_a_word(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One from before there were several optimizers, too, and bit for bit."""
+    flags, (new, old) = flags_of("token_model", world), (tmp_path / "new", tmp_path / "old")
+    for folder in (new, old):
+        assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 2) == 0
+    path = old / "checkpoints" / "token_model.state.pt"
+    state = load_state(path, "token_model.state", print)
+    del state["train_config"]["optimizer"]
+    (state["optimizer"],) = state.pop("optimizers")
+    save_checkpoint(path, "token_model.state", state)
+    capsys.readouterr()
+    for folder in (new, old):
+        assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 4, "--resume") == 0
+    said = capsys.readouterr().err
+    assert said.count("resumed at step 2 of 4") == 2 and "another run" not in said
+    one, two = weights(new, "token_model"), weights(old, "token_model")
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
