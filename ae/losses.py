@@ -43,16 +43,21 @@ class _WeightedNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        words, grad_table = table.to(dtype), torch.zeros_like(table, dtype=torch.float32)
-        nlls, grads = [], []
+        to_hidden, to_table = ctx.needs_input_grad[:2]  # a frozen table needs no buffer of its size
+        words, nlls, grads = table.to(dtype), [], []
+        grad_table = torch.zeros_like(table, dtype=torch.float32) if to_table else None
         for h, target, weight in zip(hidden.to(dtype).split(rows), targets.split(rows), weights.split(rows), strict=True):
             logprobs, target, weight = F.log_softmax(h @ words.T, -1, dtype=torch.float32), target[:, None], weight[:, None]
             nlls.append(-logprobs.gather(1, target).squeeze(1))
             error = logprobs.exp_().scatter_add_(1, target, -torch.ones_like(weight)).mul_(weight).to(dtype)  # (rows, V)
-            grads.append(error @ words)
-            grad_table += error.T @ h
+            if to_hidden:
+                grads.append(error @ words)
+            if grad_table is not None:
+                grad_table += error.T @ h
         nll = torch.cat(nlls)
-        ctx.save_for_backward(torch.cat(grads).to(hidden.dtype), grad_table.to(table.dtype))
+        ctx.save_for_backward(
+            torch.cat(grads).to(hidden.dtype) if to_hidden else None, None if grad_table is None else grad_table.to(table.dtype)
+        )
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
 
@@ -60,21 +65,25 @@ class _WeightedNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, table = ctx.saved_tensors
-        return hidden * grad, table * grad, None, None, None
+        return None if hidden is None else hidden * grad, None if table is None else table * grad, None, None, None
 
 
-def weighted_nll(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def weighted_nll(
+    hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None = None, learn: bool = True
+) -> tuple[Tensor, Tensor]:
     """Sum of weights * `token_nll`, and the `token_nll` of each row, (N,), which carries no gradient.
 
     weights: (N,) float32, unset: 1 / N each, so that the sum is the mean; they get no gradient. What the sum is for is
-    known here, so its gradients are made in the forward pass, a slice of rows at a time, as in Liger (arXiv 2410.10989).
+    known here, so its gradients are made in the forward pass, a slice of rows at a time, as in Liger (arXiv 2410.10989);
+    without `learn` there are none, for a sum that is only reported.
     The largest buffer has max(MIN_ROWS * V, CACHED_LOGITS) elements and never more than MAX_LOGITS (of a row at least).
     """
     if weights is None:
         weights = torch.full(targets.shape, 1 / len(targets), device=hidden.device)
-    if not torch.is_grad_enabled():
-        nll = token_nll(hidden, table, targets)
-        return (nll * weights).sum(), nll
+    if not (learn and torch.is_grad_enabled()):
+        with torch.no_grad():
+            nll = token_nll(hidden, table, targets)
+            return (nll * weights).sum(), nll
     vocabulary = table.shape[0]
     rows = max(1, min(max(MIN_ROWS, CACHED_LOGITS // vocabulary), MAX_LOGITS // vocabulary))
     return _WeightedNLL.apply(hidden, table, targets, weights, rows)  # type: ignore[no-untyped-call, no-any-return]

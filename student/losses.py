@@ -50,8 +50,9 @@ def student_loss(
 
     each = real.flatten() / count  # weights of a mean over the tokens that are no pads
     learnt, nll = weighted_nll(
-        states.flatten(0, 1), model.table, tokens.flatten(), each if ce_at is None else each * ce_at.flatten()
-    )
+        states.flatten(0, 1), model.table, tokens.flatten(), each if ce_at is None else each * ce_at.flatten(),
+        learn=ce_w > 0 or kd is None,
+    )  # fmt: skip
     total, parts = ce_w * learnt, {"ce": (nll * each).sum()}
     if kd is not None:
         divergence = kd(states)

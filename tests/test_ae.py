@@ -109,6 +109,38 @@ def test_weighted_nll_is_the_sum_and_its_gradients(monkeypatch: pytest.MonkeyPat
         assert torch.allclose(weighted_nll(hidden, table, targets, weights)[0], total)
 
 
+@pytest.mark.parametrize("run", [weighted_nll, torch.compile(weighted_nll, backend="aot_eager")], ids=["eager", "compiled"])
+@pytest.mark.parametrize("frozen", ["table", "hidden"])
+def test_weighted_nll_makes_only_the_gradients_that_are_asked_for(run: Any, frozen: str) -> None:
+    inputs = {"hidden": torch.randn(23, 2), "table": torch.randn(50, 2)}
+    (moving,) = set(inputs) - {frozen}
+    inputs[moving].requires_grad_()
+    targets = torch.randint(50, (23,))
+    total, nll = run(**inputs, targets=targets)
+    slow = F.cross_entropy(inputs["hidden"] @ inputs["table"].T, targets, reduction="none")
+    made, right = (torch.autograd.grad(x, inputs[moving])[0] for x in (total, slow.mean()))
+    assert torch.allclose(made, right, atol=1e-6) and torch.allclose(nll, slow)
+    with Shapes() as seen:
+        weighted_nll(**inputs, targets=targets)
+    assert seen.made[frozen] == 0 < seen.made[moving]
+    quiet, nll = run(**inputs, targets=targets, learn=False)
+    assert torch.allclose(quiet, total) and torch.allclose(nll, slow) and not quiet.requires_grad
+
+
+class Shapes(TorchDispatchMode):
+    """How many products had the shape of `hidden` (23, 2) and of `table` (50, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = {"hidden": 0, "table": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for name, shape in (("hidden", (23, 2)), ("table", (50, 2))):
+            self.made[name] += func is torch.ops.aten.mm.default and out.shape == shape
+        return out
+
+
 def test_weighted_nll_in_bfloat16_is_near() -> None:
     """Confident rows, as an autoencoder's: 1 - p must not be lost to rounding."""
     table, grads = torch.eye(8, requires_grad=True), list[torch.Tensor]()
