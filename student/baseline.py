@@ -26,9 +26,14 @@ from configs.errors import UserError, run_cli
 from configs.run import load_model
 from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
 
-# Said to transformers: left to itself it compiles a mask in, and the attention kernels that skip what a causal mask hides
-# go unused.
-NO_PADDING: Any = {"full_attention": None}
+
+def causal_mask(config: Qwen3Config) -> Any:
+    """The attention_mask for rows without padding.
+
+    PyTorch's own attention ("sdpa") is causal where it is told of no mask; left to itself transformers compiles one in, and
+    the kernels that skip what a causal mask hides go unused. Other implementations hide only what their mask says.
+    """
+    return {"full_attention": None} if config._attn_implementation == "sdpa" else None
 
 
 @dataclass
@@ -101,7 +106,7 @@ class TokenModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, H); row t predicts token t from the tokens before it. Row 0, with nothing before it, is zero."""
-        h = self.lm.model(tokens[:, :-1], NO_PADDING, use_cache=False).last_hidden_state  # (B, T-1, H)
+        h = self.lm.model(tokens[:, :-1], causal_mask(self.lm.config), use_cache=False).last_hidden_state  # (B, T-1, H)
         return nn.functional.pad(h, (0, 0, 1, 0))
 
     def nll(self, tokens: Tensor, first: int = 1) -> Tensor:
@@ -153,7 +158,8 @@ def main() -> None:
         states = model.hidden(tokens)[:, 1:]  # (B, T-1, H)
         targets, ce_at = tokens[:, 1:].flatten(), teacher.hard(cfg, rows) if teacher and rows else None
         weights = None if ce_at is None else ce_at.flatten() / targets.numel()
-        learnt, nll = weighted_nll(states.flatten(0, 1), model.table, targets, weights)
+        learn = ce_w > 0 or not (teacher and rows)
+        learnt, nll = weighted_nll(states.flatten(0, 1), model.table, targets, weights, learn)
         ce = nll.mean()
         if not (teacher and rows):
             return ce_w * learnt, {"ce": ce}

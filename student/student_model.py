@@ -29,7 +29,7 @@ from ae.losses import token_nll
 from configs.errors import UserError
 from configs.run import load_model
 from configs.schema import config_from
-from student.baseline import NO_PADDING, BackboneConfig
+from student.baseline import BackboneConfig, causal_mask
 from student.energy import EnergyHead
 from student.local_decoder import LocalDecoder
 
@@ -47,6 +47,7 @@ class StudentConfig(BackboneConfig):
     local_decoder: str = "window"
     head: str = "direct"
     latents: str = "on"
+    local_qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +75,7 @@ class Student(nn.Module):
         self.ae = Autoencoder(cfg.ae)
         self.local = None
         if cfg.head == "direct" and cfg.local_decoder != "none":
-            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window)
+            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm)
         if cfg.latents == "none":
             self.ae.encoder.requires_grad_(False)  # nothing reads it
             return
@@ -112,7 +113,8 @@ class Student(nn.Module):
         )
         start = self.start.expand(len(tokens), 1, -1)
         x = start if x is None else torch.cat([start.to(x.dtype), x], dim=1)  # (B, L, H)
-        return self.backbone(inputs_embeds=x, attention_mask=NO_PADDING, use_cache=False).last_hidden_state
+        mask = causal_mask(self.backbone.config)
+        return self.backbone(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
     def predict_latents(self, tokens: Tensor) -> Tensor:
         """(B, T) -> predicted latents z_hat (B, L, D), each from the chunks before it; zeros with the latent path off."""

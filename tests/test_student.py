@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_ae, make_student, make_token_model, student_config
 
+from ae.losses import _WeightedNLL
 from configs.errors import UserError
 from student.energy import EnergyHead, energy_loss, sharpened
 from student.losses import student_energy_loss, student_loss
@@ -28,9 +29,12 @@ VARIANTS: list[dict[str, Any]] = [
 KINDS = ["ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"]
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=KINDS)
+@pytest.mark.parametrize("change", [*VARIANTS, {"attention": "eager"}], ids=[*KINDS, "eager attention"])
 def test_no_position_sees_itself_or_a_later_token(change: dict[str, Any]) -> None:
-    model = make_student(**change)
+    shape = {key: value for key, value in change.items() if key != "attention"}
+    model = make_student(**shape)
+    if "attention" in change:
+        model.backbone.set_attn_implementation(change["attention"])
     tokens = torch.randint(2, 320, (1, 24))
     states = model.hidden(tokens)
     for t in range(24):
@@ -46,8 +50,10 @@ def test_no_position_sees_itself_or_a_later_token(change: dict[str, Any]) -> Non
             assert moved[t + 1] > 1e-5
 
 
-def test_token_model_is_causal_too() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_token_model_is_causal_too(attention: str) -> None:
     model = make_token_model()
+    model.lm.set_attn_implementation(attention)
     tokens = torch.randint(320, (1, 12))
     states = model.hidden(tokens)
     for t in range(12):
@@ -120,6 +126,24 @@ def test_losses_against_slow_ones() -> None:
         2 * parts["ce"].item() + 0.5 * parts["mse"].item() + 0.25 * parts["base"].item(), rel=1e-6
     )
     assert set(student_loss(model, None, tokens, pads, ce_w=1.0)[1]) == {"ce"}
+
+
+def test_a_cross_entropy_of_no_weight_is_reported_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a teacher's divergence; its gradients, alone, are all that is left."""
+    model, tokens, pads = make_student(), torch.randint(2, 320, (3, 16)), torch.tensor([0, 3, 1])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(ce_w: float) -> tuple[Any, torch.Tensor]:
+        kd = lambda states: (states @ model.table.T).square().mean()
+        total, parts = student_loss(model, None, tokens, pads, ce_w=ce_w, kd_w=0.5, kd=kd)
+        return torch.autograd.grad(total, parameters, allow_unused=True), parts["ce"]
+
+    assert student_loss(model, None, tokens, pads, ce_w=0.0)[0].requires_grad  # alone, it still reaches every parameter
+    (tiny, ce), _ = gradients(1e-30), monkeypatch.setattr(_WeightedNLL, "forward", lambda *_: pytest.fail("gradients made"))
+    none, told = gradients(0.0)
+    assert torch.allclose(told, ce) and not told.requires_grad
+    for one, two in zip(none, tiny, strict=True):
+        assert (one is None) == (two is None) and (one is None or torch.allclose(one, two))
 
 
 def test_pad_left() -> None:
