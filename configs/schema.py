@@ -102,6 +102,7 @@ class LMTrainConfig(TrainConfig):
     optimizer: str = opt(
         "adamw", "adamw, or muon, which has the matrices of backbone and local decoder", choices=("adamw", "muon")
     )
+    table_lr: float = opt(1.0, "learning rate of the embedding table, as a multiple of --lr", low=1e-9)
     ce_w: float | None = opt(
         None,
         "weight of the token cross-entropy under the exact conditional; unset: 1, but 0 where a teacher's logprobs are "
@@ -134,6 +135,7 @@ class StudentTrainConfig(LMTrainConfig):
     base_w: float = opt(0.0, "weight of the cross-entropy of the parallel logits alone", low=0)
     local_layers: int = opt(2, "layers of the local decoder")
     local_window: int = opt(64, "tokens each layer of the local decoder sees")
+    local_qk_norm: bool = opt(False, "normalise the queries and keys of the local decoder's heads, as the backbone does")
     local_decoder: str = opt(
         "window",
         "window; controls: restart, which sees its own chunk only, and none, independent positions",

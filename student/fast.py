@@ -150,7 +150,7 @@ class TokenStep(nn.Module):
     def _local(self, local: LocalDecoder, x: Tensor, j: Tensor, window: Window) -> Tensor:
         cos, sin, bias = self.cos[j], self.sin[j], window.bias + self.outside[j]  # (1, d/2), (1, d/2), (B, W + K)
         for layer, keys, turned, values in zip(local.layers, window.keys, window.turned, window.values, strict=True):
-            q, k, v = layer.qkv(layer.norm(x)).unflatten(-1, (3, layer.heads, 1, -1)).unbind(1)  # (B, A, 1, d)
+            q, k, v = (part[:, :, None] for part in layer.split(x))  # (B, A, 1, d)
             keys[:, :, local.window + j] = k
             turned[:, :, local.window + j] = rotate(k, cos, sin)
             values[:, :, local.window + j] = v

@@ -48,6 +48,7 @@ class Scripted(Sampler):
 @pytest.mark.parametrize(
     "change",
     [
+        {"local_qk_norm": True},
         {},
         {"latents": "none"},
         {"local_decoder": "none"},
