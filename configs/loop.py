@@ -285,8 +285,9 @@ def _saved_state(
         changed = sorted(k for k in shape if state["config"].get(k) != shape[k])
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
     before, now = state["train_config"], as_dict(cfg)
-    if (was := before.get("optimizer", "adamw")) != (asked := now.get("optimizer", "adamw")):
-        raise UserError(f"--resume: {path} was saved with --optimizer {was}, got {asked}; go on with {was}")
+    for key, default in (("optimizer", "adamw"), ("table_lr", 1.0)):  # the saved optimizers are made of these
+        if (was := before.get(key, default)) != (asked := now.get(key, default)):
+            raise UserError(f"--resume: {path} was saved with --{key} {was}, got {asked}; go on with {was}")
     changed = [key for key in now if key in before and before[key] != now[key] and key not in FREE_ON_RESUME]
     if other := [f"{key} {before[key]} -> {now[key]}" for key in changed]:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")

@@ -89,6 +89,8 @@ def test_muon_has_the_matrices(world: World, tmp_path: Path, capsys: pytest.Capt
     assert run_script(baseline, *flags, "--max_steps", 1) == 0
     assert run_script(baseline, *flags, "--max_steps", 2, "--resume", "--optimizer", "muon") == 2
     assert "saved with --optimizer adamw, got muon; go on with adamw" in capsys.readouterr().err
+    assert run_script(baseline, *flags, "--max_steps", 2, "--resume", "--table_lr", 5) == 2
+    assert "saved with --table_lr 1.0, got 5.0; go on with 1.0" in capsys.readouterr().err
 
 
 def test_every_group_of_every_optimizer_follows_the_schedule(
