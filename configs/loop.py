@@ -281,8 +281,8 @@ def _saved_state(
         state = read_about(saved[0])
     else:
         raise UserError(f"--resume: {path} holds no save of a --fsdp training; train without --resume")
-    if state["config"] != shape:
-        changed = sorted(k for k in shape if state["config"].get(k) != shape[k])
+    its_own = state["config"]  # a setting that is younger than the save is not in it; the weights tell whether they fit
+    if changed := sorted(k for k in shape if k in its_own and its_own[k] != shape[k]):
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
     before, now = state["train_config"], as_dict(cfg)
     for key, default in (("optimizer", "adamw"), ("table_lr", 1.0)):  # the saved optimizers are made of these
