@@ -154,7 +154,7 @@ def test_nothing_is_written(packed: World, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_cards_student_is_planned_without_its_memory(packed: World, tmp_path: Path) -> None:
-    """3 GB of weights and 14 GB in all, in a process of less than one."""
+    """3 GB of weights and 11 GB in all, in a process of less than one. (Muon keeps one number a weight.)"""
     meta = PackedData(packed.data / "train").meta
     for split in ("train", "val"):
         writer = PackedWriter(tmp_path / split, 151_936)
@@ -169,4 +169,4 @@ def test_the_cards_student_is_planned_without_its_memory(packed: World, tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     *_, line, _, peak = done.stdout.splitlines()
     memory = json.loads(line)["memory"]["1 process"]
-    assert memory["parameters"] > 3e9 and memory["peak"] > 12e9 and int(peak) < 1.5e9
+    assert memory["parameters"] > 3e9 and memory["peak"] > 11e9 and int(peak) < 1.5e9

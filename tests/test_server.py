@@ -171,7 +171,7 @@ def test_logprobs_stop_where_the_text_does(client: TestClient, tokenizer: Tokeni
         return written.decode(errors="replace").startswith(cut["text"])
 
     kept, needed = len(cut["logprobs"]["tokens"]), next(count for count in range(41) if holds_it(count))
-    assert kept in (needed, needed + 1)  # one more where a character was whole only with the next token
+    assert needed <= kept <= needed + 3  # a character has up to 4 bytes, each its own token here, and shows with the last
 
 
 def test_a_row_that_ends_itself_scores_its_end(
