@@ -100,7 +100,7 @@ class LMTrainConfig(TrainConfig):
     activation_checkpointing: bool = opt(False, "keep only the inputs of the backbone's layers, and compute them twice")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
     optimizer: str = opt(
-        "adamw", "adamw, or muon, which has the matrices of backbone and local decoder", choices=("adamw", "muon")
+        "adamw", "adamw, or muon, which has all matrices but tables and autoencoder", choices=("adamw", "muon")
     )
     table_lr: float = opt(1.0, "learning rate of the embedding table, as a multiple of --lr", low=1e-9)
     ce_w: float | None = opt(
