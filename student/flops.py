@@ -43,7 +43,8 @@ def _token_model_rates(cfg: BackboneConfig) -> dict[str, Rate]:
 def _student_rates(cfg: StudentConfig) -> dict[str, Rate]:
     chunk, energy = 1 / cfg.k, cfg.head == "energy"
     used = float(cfg.latents == "on")
-    encoded = used * (cfg.seq_len - 1) / cfg.seq_len  # the last chunk of a window is predicted only
+    known = (cfg.seq_len - 1) / cfg.seq_len  # the last chunk of a window is predicted only
+    encoded = used * known
     decoded = float(not energy)  # the energy head trains on latents alone
     return {
         "ae.embedding": Rate("vocabulary", decoded, 1, chunk if energy else 1),
@@ -56,6 +57,8 @@ def _student_rates(cfg: StudentConfig) -> dict[str, Rate]:
         "ae.decoder": Rate("decoder", decoded * chunk, chunk, chunk),
         "ae.decoder.token_blocks": Rate("decoder", decoded, 1, chunk),
         "local": Rate("local decoder", 1, 1, 1),
+        "local.memory.key": Rate("local decoder", known, 1, chunk),  # the last chunk of a window is looked up by none
+        "local.memory.value": Rate("local decoder", known, 1, chunk),
         "start": Rate("encoder", 0, 0, 0),  # once a text
     }
 
@@ -82,14 +85,17 @@ def _sum(parts: list[tuple[str, float]]) -> dict[str, float]:
 
 
 def _attention(cfg: BackboneConfig, keys: float, local_keys: float) -> list[tuple[str, float]]:
-    """Attention of one token over `keys` positions of the backbone (tokens, or chunks) and as many of the local decoder."""
+    """Attention of one token over `keys` positions of the backbone (tokens, or chunks) and `local_keys` of the local decoder's
+    windows; its memory, where there is one, holds the tokens of those chunks.
+    """
     backbone = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_width * keys
     if not isinstance(cfg, StudentConfig):
         return [("backbone", backbone)]
     local = cfg.local_decoder != "none" and cfg.head == "direct"
+    local_keys = cfg.local_layers * local_keys + (cfg.k * keys if cfg.local_memory else 0)
     return [
         ("backbone", backbone / cfg.k if cfg.latents == "on" else 0.0),
-        ("local decoder", 4.0 * cfg.local_layers * cfg.embed_dim * local_keys if local else 0.0),
+        ("local decoder", 4.0 * cfg.embed_dim * local_keys if local else 0.0),
     ]
 
 

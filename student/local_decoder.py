@@ -1,9 +1,11 @@
 """The local decoder: a small causal transformer over the token stream that writes the tokens inside a chunk.
 
 Each layer sees the last W tokens, across chunk borders, so that the first token of a chunk knows what stands just before
-it. Its cost per token does not grow with the context, and its keys and values live in a window of W.
+it; their keys and values live in a window of W. With a memory, one more attention behind the first layer looks up what
+followed wherever the text read like this before, however far back.
 
-Legend: `B` batch, `T` tokens, `E` width, `A` heads, `W` window, `N` blocks of W tokens.
+Legend: `B` batch, `T` tokens, `E` width, `A` heads, `d` their width, `W` window, `N` blocks of W tokens, `K` tokens a
+chunk, `S` entries of the memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ae.layers import SwiGLU
 
 HEAD_DIM = 64
+WRITTEN_OUT = 1 << 20  # queries times keys up to which attention to the memory is written out on a CPU
 ROPE_BASE = 1000.0  # wavelengths from 6 to about 4,000 tokens: far more than a window
 
 
@@ -76,6 +79,28 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
 
 
 @dataclass
+class MemoryCache:
+    """Keys and values of the memory's entries, (B, A, S, d); `own` (B, S) marks those that belong to a row.
+
+    states, tokens: of the chunk being written, (B, up to K, E) each: what its entries will be made from.
+    Where `states` is None no more entries are taken, `own` marks what may be looked at, and there may be more rows than
+    keys: n rows with the keys of row 0, then n with those of row 1, and so on.
+    """
+
+    keys: Tensor
+    values: Tensor
+    own: Tensor
+    states: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def select(self, rows: Tensor) -> MemoryCache:
+        """The cache of some rows, (n,) indices."""
+        return MemoryCache(
+            *(part if part is None else part[rows] for part in (self.keys, self.values, self.own, self.states, self.tokens))
+        )
+
+
+@dataclass
 class LocalCache:
     """Rotated keys and values of the last W positions of each layer, (B, A, W, d); `seen` (B, W) marks real ones."""
 
@@ -83,10 +108,12 @@ class LocalCache:
     values: list[Tensor]
     seen: Tensor
     position: int
+    memory: MemoryCache | None = None
 
     def select(self, rows: Tensor) -> LocalCache:
         """The cache of some rows, (n,) indices."""
-        return LocalCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.seen[rows], self.position)
+        memory = self.memory and self.memory.select(rows)
+        return LocalCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.seen[rows], self.position, memory)
 
 
 class LocalLayer(nn.Module):
@@ -119,15 +146,72 @@ class LocalLayer(nn.Module):
         return self.mlp(x + self.out(attended.transpose(1, 2).flatten(2)))
 
 
+class Memory(nn.Module):
+    """Attention to the tokens of all earlier chunks.
+
+    An entry stands for a token and for the state right before it: what the first layer had read when the token was next. A
+    token whose own state is like that finds, in one layer, what came next then (arXiv 2411.19574 shifts keys against
+    values to the same end). Entries have no positions; `none` is the one to look at where nothing was found.
+    """
+
+    def __init__(self, dim: int, k: int) -> None:
+        super().__init__()
+        self.heads, self.k = max(1, dim // HEAD_DIM), k
+        self.lag = -(-3 // k)
+        self.norm, self.norm_state, self.norm_token = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key, self.value = nn.Linear(2 * dim, dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // self.heads, eps=1e-6) for _ in range(2))
+        self.none = nn.Parameter(torch.randn(2 * dim))
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def entries(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """States (B, S, E) and embeddings of the tokens that followed them (B, S, E) -> keys, values (B, A, S, d)."""
+        return self._entries(torch.cat([self.norm_state(states), self.norm_token(tokens)], dim=-1))
+
+    def _entries(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (part(both).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
+        return self.norm_k(k), v
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x (..., E) -> (..., A, d)."""
+        return self.norm_q(self.query(self.norm(x)).unflatten(-1, (self.heads, -1)))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """x (B, T, E) -> the same with what was found added; seen (B or 1, T, S): which entries a token may look at."""
+        q = self.queries(x).transpose(1, 2)  # (B, A, T, d)
+        k, v = self.with_none(keys, values)
+        attend = written_out if x.device.type == "cpu" and q.shape[2] * k.shape[2] <= WRITTEN_OUT else fused
+        found = attend(q[:, :, None], k[:, :, None], v[:, :, None], F.pad(seen, (1, 0), value=True)[:, None, None])
+        return x + self.out(found[:, :, 0].transpose(1, 2).flatten(2))
+
+    def with_none(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`none` put before the entries, (B, A, S, d) -> (B, A, S + 1, d)."""
+        k, v = (part.expand(len(keys), -1, -1, -1) for part in self._entries(self.none.expand(1, 1, -1).to(keys.dtype)))
+        return torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
+
+    def visible(self, length: int, device: torch.device) -> Tensor:
+        """(T, T - K): which entries each of T tokens, whole chunks, may look at.
+
+        The chunks right before a token's own are left out, as many as it takes for three tokens: the window has them, and a
+        text of four tokens, wherever it begins, never looks at an entry of its own.
+        """
+        chunk = torch.arange(length, device=device) // self.k
+        return chunk[: length - self.k] < chunk[:, None] - self.lag
+
+
 class LocalDecoder(nn.Module):
     """g_t and the embedding of token t-1 -> u_t, which is added to g_t before the vocabulary product.
 
-    The last projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
+    memory: tokens a chunk, where there is to be a memory of earlier chunks; the first token then begins a chunk. The last
+    projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
     """
 
-    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False) -> None:
+    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False, memory: int = 0) -> None:
         super().__init__()
         self.window = window
+        self.memory = Memory(dim, memory) if memory else None
         self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.enter = nn.Linear(2 * dim, dim, bias=False)
         self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window, qk_norm) for _ in range(layers))  # type: ignore[assignment]
@@ -137,7 +221,7 @@ class LocalDecoder(nn.Module):
 
     @property
     def reach(self) -> int:
-        """How many tokens back the prediction of a token depends on, directly or through deeper layers."""
+        """How many tokens back the windows reach, through all layers; a memory has no such limit."""
         return len(self.layers) * (self.window - 1) + 1
 
     def _enter(self, g: Tensor, previous: Tensor) -> Tensor:
@@ -162,15 +246,27 @@ class LocalDecoder(nn.Module):
     def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache]:
         x = self._enter(g, previous)  # (B, T, E)
         positions = torch.arange(x.shape[1], device=x.device)
-        keys, values = [], []
+        begins = torch.zeros(len(x), dtype=torch.long, device=x.device) if first is None else first
+        keys, values, memory = [], [], None
         for layer in self.layers:
             q, k, v = layer.project(x, positions)
             x = layer.finish(x, windowed_attention(q, k, v, self.window, first))
             keys.append(self._last(k, 2))
             values.append(self._last(v, 2))
-        begins = torch.zeros(len(x), dtype=torch.long, device=x.device) if first is None else first
+            if self.memory is not None and memory is None:
+                x, memory = self._look_up(self.memory, x, previous, first)
         seen = self._last(positions >= begins[:, None], 1)
-        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1])
+        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1], memory)
+
+    def _look_up(self, memory: Memory, x: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, MemoryCache]:
+        """x (B, T, E) after the first layer, whole chunks -> the same after the memory, and what the next chunk needs."""
+        known = x.shape[1] - memory.k  # of the last chunk nothing is looked up yet
+        own = torch.ones(1, known, dtype=torch.bool, device=x.device)
+        if first is not None:
+            own = torch.arange(known, device=x.device) >= first[:, None]  # (B, S)
+        keys, values = memory.entries(x[:, :known], previous[:, 1 : known + 1])
+        cache = MemoryCache(keys, values, own.expand(len(x), -1), x[:, known:], previous[:, known + 1 :])
+        return memory(x, keys, values, own[:, None] & memory.visible(x.shape[1], x.device)), cache
 
     def _last(self, x: Tensor, dim: int) -> Tensor:
         """The last W entries along `dim`, zeros in front where there are fewer."""
@@ -190,5 +286,22 @@ class LocalDecoder(nn.Module):
             cache.values[i] = torch.cat([cache.values[i][:, :, 1:], v], dim=2)
             attended = F.scaled_dot_product_attention(q, cache.keys[i], cache.values[i], attn_mask=cache.seen[:, None, None])
             x = layer.finish(x, attended)
+            if i == 0 and self.memory is not None and cache.memory is not None:
+                x = self._look_up_one(self.memory, x, previous, cache.memory)
         cache.position += 1
         return self.exit(self.norm(x))[:, 0]
+
+    def _look_up_one(self, memory: Memory, x: Tensor, previous: Tensor, cache: MemoryCache) -> Tensor:
+        """x (B, 1, E) after the first layer -> the same after the memory, which takes in a chunk as soon as it has ended."""
+        rows, shown = x.unflatten(0, (len(cache.keys), -1))[:, :, 0], cache.keys.shape[2]  # rows of one text: (texts, n, E)
+        if cache.states is not None and cache.tokens is not None:
+            cache.tokens = torch.cat([cache.tokens, previous[:, None]], dim=1)
+            if cache.tokens.shape[1] == memory.k:
+                keys, values = memory.entries(cache.states, cache.tokens)
+                cache.keys, cache.values = torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2)
+                cache.own = F.pad(cache.own, (0, memory.k), value=True)
+                cache.states, cache.tokens = cache.states[:, :0], cache.tokens[:, :0]
+            cache.states = torch.cat([cache.states, x], dim=1)
+            shown = max(0, cache.keys.shape[2] - memory.lag * memory.k)
+        seen = cache.own[:, :shown].unflatten(0, rows.shape[:2])  # (texts, n, S)
+        return memory(rows, cache.keys[:, :, :shown], cache.values[:, :, :shown], seen).flatten(0, 1)[:, None]

@@ -254,7 +254,9 @@ class Sampler:
             z_hat = model.exit(states.last_hidden_state[:, :-1])  # (B, L, D)
         local = None
         if model.local is not None:
-            n = min(longest, -(-len(model.local.layers) * model.local.window // k))  # chunks that the window still depends on
+            n = longest  # chunks that the next one depends on through the local decoder
+            if model.local.memory is None:
+                n = min(longest, -(-len(model.local.layers) * model.local.window // k))
             g = model.ae.decode(z_hat[:, -n:]).flatten(1, 2)  # (B, n*K, E)
             previous = model.previous_embeddings(tokens)[:, -n * k :]
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))

@@ -6,9 +6,11 @@
     predicted       z^0        z^1       z^2                  each from the chunks before it
     AE decoder    g0 .. g7  g8 .. g15  g16 .. g23             K hidden vectors at once
     local decoder   reads g_t and x_(t-1), sees W tokens back, adds u_t
+    (its memory     looks up what followed where the text read like this before)
     logits        (g_t + u_t) . embedding
 
-so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on the last tokens through the local decoder.
+so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on the last tokens through the local decoder,
+whose memory, where it has one, sees the tokens of all earlier chunks, too.
 
 Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width, `E` embedding width, `H` hidden width,
 `V` vocabulary.
@@ -48,6 +50,7 @@ class StudentConfig(BackboneConfig):
     head: str = "direct"
     latents: str = "on"
     local_qk_norm: bool = False
+    local_memory: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +58,8 @@ class StudentConfig(BackboneConfig):
             raise UserError("--head energy needs the latents; leave --latents on")
         if self.latents == "none" and self.local_decoder == "none":
             raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
+        if self.local_memory and (self.local_decoder != "window" or self.head != "direct"):
+            raise UserError("--local_memory needs the local decoder's window: --local_decoder window and --head direct")
 
     @property
     def window(self) -> int:
@@ -75,7 +80,8 @@ class Student(nn.Module):
         self.ae = Autoencoder(cfg.ae)
         self.local = None
         if cfg.head == "direct" and cfg.local_decoder != "none":
-            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm)
+            memory = cfg.k if cfg.local_memory else 0
+            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory)
         if cfg.latents == "none":
             self.ae.encoder.requires_grad_(False)  # nothing reads it
             return
