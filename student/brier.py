@@ -63,19 +63,16 @@ def _token_branches(model: TokenModel, tokens: Tensor, starts: Tensor) -> Callab
 
 
 def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callable[[Tensor | None], Tensor]:
-    """Every branch is a row of its own: the local decoder reads the tokens within its reach, and a branch that crosses
-    into the next chunk has its sampled tokens encoded and the backbone run again."""
+    """Every branch is a row of its own, with the local decoder's window at its start; one that crosses into the next chunk
+    has its sampled tokens encoded and the backbone run again. In the memory no branch sees a token of its own."""
     k, (batch, length) = model.cfg.k, tokens.shape
     rows = tokens.repeat_interleave(len(starts), 0)  # (R, T), R = B * S; sampled tokens are written into it
     at, row = starts.repeat(batch), torch.arange(batch * len(starts), device=tokens.device)
-    g = model.ae.decode(model.predict_latents(tokens)).flatten(1, 2).repeat_interleave(len(starts), 0)  # (R, T, E)
+    one = model.ae.decode(model.predict_latents(tokens)).flatten(1, 2)  # (B, T, E)
+    g = one.repeat_interleave(len(starts), 0)  # (R, T, E)
     cache, restarts = None, model.cfg.local_decoder == "restart"
     if model.local is not None:
-        reach = len(model.local.layers) * model.local.window
-        near = at[:, None] + torch.arange(-reach, 0, device=tokens.device)  # (R, reach): positions just before the start
-        previous = model.previous_embeddings(rows).gather(1, near.clamp(min=0)[..., None].expand(-1, -1, g.shape[2]))
-        begins = (reach - (at % k if restarts else at)).clamp(min=0)
-        cache = model.local.prefill(g[row[:, None], near.clamp(min=0)], previous, begins)
+        cache = model.local.branches(one, model.previous_embeddings(tokens), starts, k if restarts else 0)
 
     def step(sampled: Tensor | None) -> Tensor:
         nonlocal at
@@ -96,6 +93,8 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
             if restarts:
                 cache.seen = cache.seen & (at % k > 0)[:, None]
                 before = before.where(at % k > 0, model.cfg.pad_id)
+            if model.local.memory is not None and cache.memory is not None:
+                cache.memory.own = model.local.memory.visible(length, at.device)[at]
             hidden = hidden + model.local.step(hidden, model.ae.embed(before), cache)
         return (hidden @ model.table.T).unflatten(0, (batch, -1))
 

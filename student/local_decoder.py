@@ -243,20 +243,46 @@ class LocalDecoder(nn.Module):
         zeros = like.new_zeros(batch, 1, self.exit.in_features)
         return self.prefill(zeros, zeros, torch.ones(batch, dtype=torch.long, device=like.device))  # one hidden position
 
-    def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache]:
+    def branches(self, g: Tensor, previous: Tensor, starts: Tensor, restarts: int = 0) -> LocalCache:
+        """The caches of texts that go on from some positions of whole chunks g, previous (B, T, E): starts (n,) -> B * n rows.
+
+        Those of one text stand together and share its entries in the memory, of which a row that goes on into the next
+        chunk is to be shown more. restarts: tokens a chunk, for a decoder that begins anew in each.
+        """
+        rows = (g, previous) if not restarts else (x.reshape(-1, restarts, x.shape[-1]) for x in (g, previous))
+        _, cache, made = self._run(*rows, None)
+        near = starts[:, None] + torch.arange(-self.window, 0, device=g.device)  # (n, W)
+
+        def at_starts(x: Tensor) -> Tensor:  # (rows, A, T of a row, d), not rotated -> (B * n, A, W, d)
+            x = x.transpose(1, 2).reshape(len(g), -1, *x.shape[1::2])  # (B, T, A, d)
+            return x[:, near.clamp(min=0)].flatten(0, 1).transpose(1, 2)
+
+        keys = [rotate(at_starts(k), torch.arange(self.window, device=g.device)) for k, _ in made]
+        begins = starts - starts % restarts if restarts else torch.zeros_like(starts)
+        seen = (near >= begins[:, None]).repeat(len(g), 1)
+        cache = LocalCache(keys, [at_starts(v) for _, v in made], seen, self.window, cache.memory)
+        if self.memory is not None and cache.memory is not None:
+            own = self.memory.visible(g.shape[1], g.device)[starts].repeat(len(g), 1)
+            cache.memory = MemoryCache(cache.memory.keys, cache.memory.values, own)
+        return cache
+
+    def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache, list[tuple[Tensor, Tensor]]]:
+        """The parallel pass: u, what the next token needs, and each layer's keys, not rotated, and values, (B, A, T, d)."""
         x = self._enter(g, previous)  # (B, T, E)
         positions = torch.arange(x.shape[1], device=x.device)
         begins = torch.zeros(len(x), dtype=torch.long, device=x.device) if first is None else first
-        keys, values, memory = [], [], None
+        made, keys, values, memory = [], [], [], None
         for layer in self.layers:
-            q, k, v = layer.project(x, positions)
+            q, k, v = (part.transpose(1, 2) for part in layer.split(x))
+            made.append((k, v))
+            q, k = rotate(q, positions), rotate(k, positions)
             x = layer.finish(x, windowed_attention(q, k, v, self.window, first))
             keys.append(self._last(k, 2))
             values.append(self._last(v, 2))
             if self.memory is not None and memory is None:
                 x, memory = self._look_up(self.memory, x, previous, first)
         seen = self._last(positions >= begins[:, None], 1)
-        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1], memory)
+        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1], memory), made
 
     def _look_up(self, memory: Memory, x: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, MemoryCache]:
         """x (B, T, E) after the first layer, whole chunks -> the same after the memory, and what the next chunk needs."""
