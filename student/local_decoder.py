@@ -95,9 +95,8 @@ class MemoryCache:
 
     def select(self, rows: Tensor) -> MemoryCache:
         """The cache of some rows, (n,) indices."""
-        return MemoryCache(
-            *(part if part is None else part[rows] for part in (self.keys, self.values, self.own, self.states, self.tokens))
-        )
+        states, tokens = (part if part is None else part[rows] for part in (self.states, self.tokens))
+        return MemoryCache(self.keys[rows], self.values[rows], self.own[rows], states, tokens)
 
 
 @dataclass
@@ -249,8 +248,8 @@ class LocalDecoder(nn.Module):
         Those of one text stand together and share its entries in the memory, of which a row that goes on into the next
         chunk is to be shown more. restarts: tokens a chunk, for a decoder that begins anew in each.
         """
-        rows = (g, previous) if not restarts else (x.reshape(-1, restarts, x.shape[-1]) for x in (g, previous))
-        _, cache, made = self._run(*rows, None)
+        size = (-1, restarts or g.shape[1], g.shape[2])
+        _, cache, made = self._run(g.reshape(size), previous.reshape(size), None)
         near = starts[:, None] + torch.arange(-self.window, 0, device=g.device)  # (n, W)
 
         def at_starts(x: Tensor) -> Tensor:  # (rows, A, T of a row, d), not rotated -> (B * n, A, W, d)
