@@ -12,7 +12,7 @@ twice as slow, and minutes to compile). On a GPU a whole chunk is one CUDA graph
 as the eager sampler's, as far as rounding allows, whoever shares the batch.
 
 Legend: `B` slots, `n` prompts, `L` chunks of a prompt, `K` tokens a chunk, `E` embedding width, `W` window of the local
-decoder, `A` its heads, `d` their width.
+decoder, `A` its heads, `d` their width, `S` tokens of context.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from configs.run import has_fast_bf16
 from student import local_decoder
 from student.compiled import CompiledStep, Replayed
 from student.drawing import Vocabulary, draw, make_vocabulary
-from student.local_decoder import LocalDecoder
+from student.local_decoder import LocalDecoder, Memory, MemoryCache
 from student.sampler import Chunk, Row, Sampler, SamplingParams
 from student.static import Cache, StaticBackbone, attend, rotate
 from student.student_model import Student
@@ -87,17 +87,19 @@ class LatentStep(nn.Module):
             self.register_buffer("sin", sin.to(enter_g.device))
 
     def forward(
-        self, chunk: Tensor, cache: Cache, length: Tensor, window: Window | None, constant: None
+        self, chunk: Tensor, cache: Cache, length: Tensor, window: Window | None, entries: Entries | None, constant: None
     ) -> tuple[Tensor, Tensor]:
         """chunk (B, K), length (B,): positions in the cache -> g and the local decoder's share of it, (B, K, E) each.
 
-        The window moves on by a chunk, in place.
+        The window moves on by a chunk, and the memory takes the chunk in, both in place.
         """
         h = self.backbone.step(self.enter(chunk), cache, length)  # (B, H)
         g = self.ae.decode(self.exit(h))
         if self.local is None or window is None:
             return g, g
         self._move(window, self.local.window)
+        if self.local.memory is not None and entries is not None:
+            self._remember(self.local.memory, entries, chunk, length)
         return g, F.linear(self.local.norm_g(g), self.enter_g)
 
     def _move(self, window: Window, size: int) -> None:
@@ -108,6 +110,18 @@ class LatentStep(nn.Module):
             keys.copy_(keys.roll(-k, 2))
             values.copy_(values.roll(-k, 2))
         window.bias.copy_(F.pad(window.bias[:, k:], (0, k)))
+
+    def _remember(self, memory: Memory, entries: Entries, chunk: Tensor, length: Tensor) -> None:
+        """Write the entries of a row's chunk length - 1, and show those that the next chunk may look at."""
+        keys, values = memory.entries(entries.states, self.ae.embed(chunk))  # (B, A, K, d)
+        rows = torch.arange(len(chunk), device=chunk.device)[:, None]
+        at = 1 + (length[:, None] - 1).clamp(min=0) * memory.k + torch.arange(memory.k, device=chunk.device)  # (B, K)
+        entries.keys[rows, :, at] = keys.transpose(1, 2)
+        entries.values[rows, :, at] = values.transpose(1, 2)
+        shown = (length[:, None] - memory.lag) * memory.k
+        entries.bias.copy_(
+            torch.where(torch.arange(entries.bias.shape[1], device=chunk.device) <= shown.clamp(min=0), 0.0, -torch.inf)
+        )
 
 
 class TokenStep(nn.Module):
@@ -136,18 +150,18 @@ class TokenStep(nn.Module):
                 self.register_buffer(name, buffer.to(enter.device))
 
     def forward(
-        self, g: Tensor, entered: Tensor, previous: Tensor, j: Tensor, window: Window | None, draws: Draws, uniform: Tensor,
-        filters: tuple[bool, bool],
+        self, g: Tensor, entered: Tensor, previous: Tensor, j: Tensor, window: Window | None, entries: Entries | None,
+        draws: Draws, uniform: Tensor, filters: tuple[bool, bool],
     ) -> Tensor:  # fmt: skip
-        """g, entered (B, E), previous (B,), j (1,) in 0..K-1, uniform (B,) -> ids (B,); the window's entry W + j is written.
+        """g, entered (B, E), previous (B,), j (1,) in 0..K-1, uniform (B,) -> ids (B,); what is kept of token j is written.
 
         j is a tensor, so that one compiled step serves all K tokens.
         """
         if self.local is not None and window is not None:
-            g = g + self._local(self.local, entered + self.token[previous], j, window)
+            g = g + self._local(self.local, entered + self.token[previous], j, window, entries)
         return draw(self.vocabulary(g), draws.temperature, draws.top_p, draws.top_k, uniform, filters)
 
-    def _local(self, local: LocalDecoder, x: Tensor, j: Tensor, window: Window) -> Tensor:
+    def _local(self, local: LocalDecoder, x: Tensor, j: Tensor, window: Window, entries: Entries | None) -> Tensor:
         cos, sin, bias = self.cos[j], self.sin[j], window.bias + self.outside[j]  # (1, d/2), (1, d/2), (B, W + K)
         for layer, keys, turned, values in zip(local.layers, window.keys, window.turned, window.values, strict=True):
             q, k, v = (part[:, :, None] for part in layer.split(x))  # (B, A, 1, d)
@@ -155,6 +169,10 @@ class TokenStep(nn.Module):
             turned[:, :, local.window + j] = rotate(k, cos, sin)
             values[:, :, local.window + j] = v
             x = layer.mlp(x + layer.out(attend(rotate(q, cos, sin), turned, values, bias).flatten(1)))
+            if layer is local.layers[0] and local.memory is not None and entries is not None:
+                entries.states[:, j] = x[:, None]
+                q = local.memory.queries(x)[:, :, None]  # (B, A, 1, d)
+                x = x + local.memory.out(attend(q, entries.keys, entries.values, entries.bias).flatten(1))
         return local.exit(local.norm(x))
 
 
@@ -172,6 +190,40 @@ class Window:
     turned: list[Tensor]
     values: list[Tensor]
     bias: Tensor
+
+
+@dataclass
+class Entries:
+    """The local decoder's memory: `none`, then an entry for each token of a row, left-aligned.
+
+    keys, values: (B, A, S + 1, d); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of the chunk being
+    written, what its entries will be made from.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    states: Tensor
+
+    @classmethod
+    def empty(cls, memory: Memory, rows: int, tokens: int, like: Tensor) -> Entries:
+        """Room for `tokens` tokens a row, of `like`'s dtype and device."""
+        width = memory.out.in_features
+        none = like.new_zeros(rows, memory.heads, tokens, width // memory.heads)
+        keys, values = memory.with_none(none, none)
+        bias = F.pad(torch.full((rows, tokens), -torch.inf, device=like.device), (1, 0))
+        return cls(keys.contiguous(), values.contiguous(), bias, like.new_zeros(rows, memory.k, width))
+
+    def put(self, slots: Tensor, made: MemoryCache, first: Tensor) -> None:
+        """What a prompt's pass made goes into slots (n,); row i's own entries begin at first[i]."""
+        count = made.keys.shape[2]
+        if made.states is not None:
+            self.states[slots] = made.states.to(self.states.dtype)
+        if count:
+            at = (torch.arange(count, device=slots.device) + first[:, None]).clamp(max=count - 1)  # (n, count)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            for kept, new in ((self.keys, made.keys), (self.values, made.values)):
+                kept[slots, :, 1 : count + 1] = new[rows, :, at].transpose(1, 2).to(kept.dtype)  # (n, A, count, d)
 
 
 class FastSampler(Sampler):
@@ -204,13 +256,19 @@ class FastSampler(Sampler):
         self.chunk = torch.full((slots, cfg.k), cfg.pad_id, dtype=torch.long, device=device)
         self.draws, self.uniform = Draws.empty(slots, device), torch.zeros(slots, cfg.k, device=device)
         self.each = torch.arange(cfg.k, device=device).split(1)
-        self.window, state = None, [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk]
+        self.window: Window | None = None
+        self.entries: Entries | None = None
+        state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk]
         if (local := model.local) is not None:
             heads, entries = local.layers[0].heads, local.window + cfg.k
             shape = (slots, heads, entries, cfg.embed_dim // heads)
             keys, turned, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(3))
             self.window = Window(keys, turned, values, torch.zeros(slots, entries, device=device))
             state += [*keys, *values, self.window.bias]
+            if local.memory is not None:
+                with torch.no_grad():
+                    self.entries = Entries.empty(local.memory, slots, self.positions * cfg.k, table)
+                state += [self.entries.keys, self.entries.values, self.entries.bias, self.entries.states]
         self._write = Replayed(self._write_chunk_of_all, device, state)
         self.rows: list[Row | None] = [None] * slots
         self._free = deque(range(slots))
@@ -278,10 +336,11 @@ class FastSampler(Sampler):
         return self._write(filters)
 
     def _write_chunk_of_all(self, filters: tuple[bool, bool]) -> Tensor:
-        g, entered = self._latent(self.chunk, self.cache, self.length, self.window, None)
+        g, entered = self._latent(self.chunk, self.cache, self.length, self.window, self.entries, None)
         token, tokens = self.chunk[:, -1].contiguous(), []
         for i, j in enumerate(self.each):
-            token = self._token(g[:, i], entered[:, i], token, j, self.window, self.draws, self.uniform[:, i], filters)
+            uniform = self.uniform[:, i]
+            token = self._token(g[:, i], entered[:, i], token, j, self.window, self.entries, self.draws, uniform, filters)
             tokens.append(token)
         self.chunk.copy_(torch.stack(tokens, dim=1))
         self.length.add_(1).clamp_(max=self.positions - 1)  # an empty slot stays at the end
@@ -334,8 +393,10 @@ class FastSampler(Sampler):
         self.chunk[slots] = tokens[each, chunks - 1]
         if model.local is None or self.window is None:
             return
-        # Only the chunks that the window still depends on, aligned at their ends.
-        need = min(longest, -(-len(model.local.layers) * model.local.window // k))
+        # Only the chunks that the next one still depends on, aligned at their ends: all of them where there is a memory.
+        need = longest
+        if model.local.memory is None:
+            need = min(longest, -(-len(model.local.layers) * model.local.window // k))
         at = chunks[:, None] - need + torch.arange(need, device=device)  # (n, need)
         rows, first = each[:, None], (-at[:, 0]).clamp(min=0) * k  # (n,): where a row begins
         g = model.ae.decode(model.exit(h[rows, at.clamp(min=0)])).flatten(1, 2)  # (n, need * K, E)
@@ -343,6 +404,8 @@ class FastSampler(Sampler):
         before = torch.where(at[:, 0] > 0, tokens[each, (at[:, 0] - 1).clamp(min=0), -1], self.cfg.pad_id)
         previous = model.ae.embed(torch.cat([before[:, None], recent[:, :-1]], dim=1))
         made = model.local.prefill(g, previous, first)
+        if self.entries is not None and made.memory is not None:
+            self.entries.put(slots, made.memory, first)
         size = model.local.window
         cos, sin = (x.to(device) for x in turns(-torch.arange(-size, 0) - need * k, model.local))  # back from where they stood
         for kept, keys in zip(self.window.keys, made.keys, strict=True):

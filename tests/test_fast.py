@@ -29,7 +29,8 @@ def eager(model: Student) -> Sampler:
     return Sampler(model, Letters())  # type: ignore[arg-type]
 
 
-VARIANTS: list[dict[str, Any]] = [{"local_qk_norm": True},
+VARIANTS: list[dict[str, Any]] = [
+    {"local_qk_norm": True}, *({"local_memory": True, **more} for more in ({}, {"k": 1}, {"k": 8}, {"local_layers": 1})),
     {}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3},
     *({"local_window": window} for window in (1, 3, 4, 6, 9, 13)),  # less than a chunk of 4, one, and more
 ]  # fmt: skip
@@ -50,10 +51,10 @@ def test_greedy_tokens_are_the_eager_samplers(change: dict[str, Any]) -> None:
     assert fast(model, slots=2).generate(PROMPTS, GREEDY) == expected
 
 
-@pytest.mark.parametrize("window", [1, 3, 7])
-def test_a_long_text_is_the_eager_samplers(window: int) -> None:
+@pytest.mark.parametrize(("window", "memory"), [(1, False), (3, False), (7, False), (3, True)])
+def test_a_long_text_is_the_eager_samplers(window: int, memory: bool) -> None:
     """Many windows long, with a row that leaves and another that takes its slot on the way: as each row alone."""
-    model = make_student(seq_len=24, local_window=window)
+    model = make_student(seq_len=24, local_window=window, local_memory=memory)
     long, short = SamplingParams(75, temperature=0, ignore_eot=True), SamplingParams(20, temperature=0, ignore_eot=True)
     params = [long, short, short, short, long]
     prompts = [*PROMPTS, [7, 3, 5]]
