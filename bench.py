@@ -103,10 +103,13 @@ def make_untrained(args: argparse.Namespace, kind: str, device: torch.device, po
     with device:
         if kind == "token":
             return TokenModel(BackboneConfig(**base)).eval()
-        student = Student(StudentConfig(**base, **own, ae_layers=4, local_layers=2, local_window=64, pad_id=1)).eval()
-    for part in (student.exit, student.local.exit if student.local else None):
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=0.02)  # they start at zero
+        told = StudentConfig(
+            **base, **own, ae_layers=4, local_layers=2, local_window=64, pad_id=1, local_qk_norm=True, local_memory=True
+        )
+        student = Student(told).eval()
+    for name, parameter in student.named_parameters():
+        if name in ("exit.weight", "local.exit.weight", "local.memory.out.weight"):  # they start at zero
+            nn.init.normal_(parameter, std=0.02)
     return student
 
 

@@ -250,6 +250,8 @@ def cost(cfg: BackboneConfig, vocabulary: Vocabulary | None, rows: int, context:
         weights["vocabulary"] = vocabulary.bytes_read(rows)
     positions, steps = (context / cfg.k, cfg.k) if isinstance(cfg, StudentConfig) else (context, 1)
     cache = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_width * width * positions / steps
+    if isinstance(cfg, StudentConfig) and cfg.local_memory:  # read at every token
+        cache += 2 * cfg.embed_dim * width * context
     return sum(flops.values()), sum(weights.values()) / rows + cache
 
 
