@@ -315,7 +315,7 @@ def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     Checked as the arg max of a full pass: every token it wrote has the highest logit there, to 1e-3.
     """
     monkeypatch.setattr("student.compiled.cpu_settings", lambda rows: {"freezing": True})
-    model = make_student(seq_len=16, local_layers=1, num_layers=1)
+    model = make_student(local_memory=True, seq_len=16, local_layers=1, num_layers=1)
     sampler = fast(model, slots=2, compile=True)
     sample, prompts = eager(model), PROMPTS[:2]
     for prompt, out in zip(prompts, sampler.generate(prompts, GREEDY), strict=True):
@@ -324,7 +324,9 @@ def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
         logits = model.ae.logits(model.hidden(torch.tensor([whole]))).masked_fill(sample.never, -torch.inf)[0]
         said = logits[torch.arange(known, known + 18), out.token_ids]
         assert torch.allclose(said, logits[known : known + 18].amax(-1), atol=1e-3)
-    other = make_student(seq_len=16, local_layers=1, num_layers=1)  # the same generated code with other weights
+    other = make_student(
+        local_memory=True, seq_len=16, local_layers=1, num_layers=1
+    )  # the same generated code with other weights
     assert fast(other, slots=2, compile=True).generate(prompts, GREEDY) == eager(other).generate(prompts, GREEDY)
     drawn = sampler.generate(prompts, SamplingParams(16, temperature=0, seed=9))  # the same graph again
     assert drawn[0].token_ids == sample.generate(prompts[:1], SamplingParams(16, temperature=0, seed=9))[0].token_ids
