@@ -21,6 +21,7 @@ from ae.ae_model import AEConfig, Autoencoder
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student.baseline import BackboneConfig, TokenModel
 from student.energy import MODEL_SAMPLES
+from student.local_decoder import Memory
 from student.student_model import Student, StudentConfig
 
 
@@ -59,6 +60,7 @@ def _student_rates(cfg: StudentConfig) -> dict[str, Rate]:
         "local": Rate("local decoder", 1, 1, 1),
         "local.memory.key": Rate("local decoder", known, 1, chunk),  # the last chunk of a window is looked up by none
         "local.memory.value": Rate("local decoder", known, 1, chunk),
+        "local.memory.none": Rate("local decoder", 0, 0, 0),  # its key and value are made once
         "start": Rate("encoder", 0, 0, 0),  # once a text
     }
 
@@ -84,15 +86,15 @@ def _sum(parts: list[tuple[str, float]]) -> dict[str, float]:
     return total
 
 
-def _attention(cfg: BackboneConfig, keys: float, local_keys: float) -> list[tuple[str, float]]:
-    """Attention of one token over `keys` positions of the backbone (tokens, or chunks) and `local_keys` of the local decoder's
-    windows; its memory, where there is one, holds the tokens of those chunks.
+def _attention(cfg: BackboneConfig, keys: float, local_keys: float, entries: float) -> list[tuple[str, float]]:
+    """Attention of one token over `keys` positions of the backbone (tokens, or chunks), `local_keys` of each of the local
+    decoder's windows and, where it has a memory, `entries` and the one that stands for nothing.
     """
     backbone = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_width * keys
     if not isinstance(cfg, StudentConfig):
         return [("backbone", backbone)]
     local = cfg.local_decoder != "none" and cfg.head == "direct"
-    local_keys = cfg.local_layers * local_keys + (cfg.k * keys if cfg.local_memory else 0)
+    local_keys = cfg.local_layers * local_keys + (entries + 1 if cfg.local_memory else 0)
     return [
         ("backbone", backbone / cfg.k if cfg.latents == "on" else 0.0),
         ("local decoder", 4.0 * cfg.embed_dim * local_keys if local else 0.0),
@@ -104,9 +106,9 @@ def forward_flops(cfg: BackboneConfig) -> dict[str, float]:
     weights = [(rate.part, 2 * p.numel() * rate.trained_on) for p, rate in _rated(cfg) if p.ndim == 2]
     if not isinstance(cfg, StudentConfig):
         seen = cfg.context - 1
-        return _sum(weights + _attention(cfg, seen * seen / cfg.context, 0))
-    # the local decoder's parallel pass has blocks of W queries by 2 W keys
-    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * cfg.window))
+        return _sum(weights + _attention(cfg, seen * seen / cfg.context, 0, 0))
+    # the local decoder's parallel pass has blocks of W queries by 2 W keys, and no entries of the last chunk
+    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * cfg.window, cfg.context - cfg.k))
 
 
 def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
@@ -151,8 +153,10 @@ def generation_flops(cfg: BackboneConfig, context: int | None = None) -> dict[st
     tokens = cfg.context if context is None else context
     weights = [(rate.part, 2 * p.numel() * rate.written_at) for p, rate in _rated(cfg) if p.ndim == 2]
     if not isinstance(cfg, StudentConfig):
-        return _sum(weights + _attention(cfg, tokens, 0))
-    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.window))
+        return _sum(weights + _attention(cfg, tokens, 0, 0))
+    with torch.device("meta"):
+        hidden = Memory(cfg.embed_dim, cfg.k).lag * cfg.k
+    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.window, max(0, tokens - hidden)))
 
 
 def generation_bytes(cfg: BackboneConfig, bytes_per_weight: float = 2) -> dict[str, float]:

@@ -36,6 +36,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("student", {"k": 2, "local_decoder": "none"}),
     ("student", {"k": 2, "latents": "none"}),
     ("student", {"k": 4, "local_decoder": "restart"}),
+    ("student", {"k": 4, "local_memory": True}),
+    ("student", {"k": 2, "local_memory": True}),
+    ("student", {"k": 1, "local_memory": True, "local_window": 2}),
+    ("student", {"k": 4, "local_memory": True, "latents": "none"}),
+    ("student", {"k": 2, "local_memory": True, "latents": "none", "local_layers": 1}),
+    ("student", {"k": 1, "local_memory": True, "latents": "none", "local_qk_norm": True}),
 ]
 
 

@@ -33,8 +33,20 @@ STUDENTS: list[dict[str, Any]] = [
     {"k": 8, "latent_dim": 24, "num_layers": 3},
     {"k": 1},
     {"local_decoder": "restart"},
+    {"local_memory": True},
+    {"local_memory": True, "latents": "none", "k": 1, "local_layers": 1},
 ]
-KINDS = ["ours", "no latents", "independent positions", "deep autoencoder", "k 8", "k 1", "restarting decoder"]
+KINDS = [
+    "ours",
+    "no latents",
+    "independent positions",
+    "deep autoencoder",
+    "k 8",
+    "k 1",
+    "restarting decoder",
+    "memory",
+    "memory alone",
+]
 
 
 def counted(run: Any) -> int:
@@ -52,6 +64,16 @@ def test_a_students_forward_pass(change: dict[str, Any]) -> None:
     assert counted(lambda: model.nll(tokens)) == pytest.approx(told, rel=0.02)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_what_a_memory_adds(k: int) -> None:
+    tokens = torch.randint(2, 320, (1, 16 * k))
+    models = [make_student(**{**SHAPE, "k": k, "local_memory": memory}) for memory in (True, False)]
+    with_memory, without = (sum(forward_flops(model.cfg).values()) * 16 * k for model in models)
+    counts = [counted(lambda model=model: model.nll(tokens)) for model in models]
+    none = 2 * 2 * 32 * 16  # its key and value, once in a pass
+    assert counts[0] - counts[1] == pytest.approx(with_memory - without + none, abs=0.1)
+
+
 @pytest.mark.parametrize("change", [{}, {"num_layers": 3, "num_kv_heads": 4}])
 def test_a_token_models_forward_pass(change: dict[str, int]) -> None:
     model = make_token_model(**{**SHAPE, **change})
@@ -67,6 +89,7 @@ def test_a_token_models_forward_pass(change: dict[str, int]) -> None:
         ({}, {"mse_w": 0.0, "base_w": 0.5}),
         ({"latents": "none"}, {"mse_w": 0.0}),
         ({"local_decoder": "none"}, {}),
+        ({"local_memory": True}, {"mse_w": 0.0}),
         ({"head": "energy"}, {}),
     ],
 )
@@ -124,6 +147,19 @@ def test_generation_by_hand() -> None:
     biases = 16 + 64 + 3 * 16  # of two projections; three norms
     assert read["decoder"] == pytest.approx((decoder + swiglu + biases) / 4)  # four positions at once read them once
     assert flops["head"] == pytest.approx(2 * 16 * 8 / 4)
+
+
+@pytest.mark.parametrize(("k", "hidden"), [(8, 8), (4, 4), (2, 4), (1, 3)])
+def test_generation_with_a_memory_by_hand(k: int, hidden: int) -> None:
+    """E 16; of 64 tokens of context the last chunks are hidden; one entry more stands for nothing."""
+    cfg, without = (student_config(k=k, seq_len=64 // k, local_memory=memory) for memory in (True, False))
+    ends, entry = 2 * 16 * 16, 2 * 32 * 16  # query and output; key and value, of two vectors each
+    added = generation_flops(cfg)["local decoder"] - generation_flops(without)["local decoder"]
+    assert added == 2 * (ends + entry) + 4 * 16 * (64 - hidden + 1)
+    early = generation_flops(cfg, 2)["local decoder"] - generation_flops(without, 2)["local decoder"]
+    assert early == 2 * (ends + entry) + 4 * 16  # no entry is to be seen yet
+    read = generation_bytes(cfg, 1)["local decoder"] - generation_bytes(without, 1)["local decoder"]
+    assert read == pytest.approx(ends + 5 * 16 + entry / k)  # five norms; a chunk's entries are made together
 
 
 def test_a_large_model_costs_no_memory() -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from student import local_decoder
-from student.local_decoder import LocalDecoder, fused, windowed_attention, written_out
+from student.local_decoder import LocalCache, LocalDecoder, Memory, fused, windowed_attention, written_out
 
 
-def decoder(window: int, layers: int = 2) -> LocalDecoder:
-    model = LocalDecoder(16, layers, window)
+def decoder(window: int, layers: int = 2, memory: int = 0, dim: int = 16) -> LocalDecoder:
+    model = LocalDecoder(dim, layers, window, memory=memory)
     torch.nn.init.normal_(model.exit.weight, std=0.5)
+    if model.memory is not None:
+        torch.nn.init.normal_(model.memory.out.weight, std=0.5)
     return model.eval()
+
+
+def written(model: LocalDecoder, g: Tensor, previous: Tensor, cache: LocalCache, start: int) -> Tensor:
+    """What steps from `start` to the end of g, previous (B, T, E) give, (B, T - start, E)."""
+    return torch.stack([model.step(g[:, t], previous[:, t], cache) for t in range(start, g.shape[1])], dim=1)
 
 
 @pytest.fixture(params=[written_out, fused])
@@ -38,7 +46,7 @@ def test_windowed_attention_is_dense_attention_with_a_mask(attend: None, window:
 def test_a_window_beyond_the_text_costs_no_more_than_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def seen_by(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def seen_by(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         shapes.append((q.shape, k.shape))
         return written_out(q, k, v, seen)
 
@@ -94,3 +102,141 @@ def test_reach(window: int, layers: int) -> None:
 def test_it_starts_as_nothing() -> None:
     model = LocalDecoder(16, 2, 4)
     assert (model(*torch.randn(2, 1, 8, 16)) == 0).all()
+    assert (LocalDecoder(16, 2, 4, memory=2)(*torch.randn(2, 1, 8, 16)) == 0).all()
+
+
+KS = [1, 2, 4, 8]
+
+
+def test_the_memory_finds_what_followed_the_same_state() -> None:
+    """Of 24 unlike states the one that is met again finds the token that stood behind it, and nobody else's."""
+    memory = Memory(32, 4)
+    states, tokens = torch.randn(2, 1, 24, 32)
+    with (
+        torch.no_grad()
+    ):  # a query is its state, made long so that the best key takes all; a key is its state, a value its token
+        memory.query.weight.copy_(torch.eye(32))
+        memory.norm_q.weight.fill_(8.0)
+        memory.key.weight.copy_(torch.eye(32, 64))
+        memory.value.weight.copy_(torch.eye(32, 64).roll(32, 1))
+        memory.out.weight.copy_(torch.eye(32))
+        met, entries = states[:, 5:9], memory.entries(states, tokens)
+        all_but = torch.ones(1, 4, 24, dtype=torch.bool)
+        found = memory(met, *entries, all_but) - met
+        all_but[..., 5:9] = False
+        others = memory(met, *entries, all_but) - met
+    assert torch.allclose(found, memory.norm_token(tokens[:, 5:9]), atol=1e-2)
+    assert ((others - found).abs().amax(-1) > 0.5).all()
+
+
+@pytest.mark.parametrize("k", KS)
+def test_a_token_sees_all_chunks_but_the_last(k: int) -> None:
+    """Far beyond its window; of the chunks before its own those that three tokens reach back into are left out."""
+    model = decoder(1, 1, memory=k)  # with a window of 1, only the memory sees any other token
+    lag = -(-3 // k)
+    length = (lag + 3) * k
+    g, previous = torch.randn(2, 1, length, 16)
+    for token in range(length - 1):
+        other = previous.clone()
+        other[0, token + 1] += 1
+        moved = (model(g, other) - model(g, previous))[0].abs().amax(-1) > 1e-6
+        moved[token + 1] = False  # this one reads it itself
+        assert moved.tolist() == [t >= (token // k + lag + 1) * k for t in range(length)], token
+
+
+def test_without_a_memory_nothing_lies_beyond_the_reach() -> None:
+    g, previous = torch.randn(2, 1, 40, 16)
+    other = previous.clone()
+    other[0, :8] += 1
+    for memory in (0, 4):
+        model = decoder(3, 2, memory)
+        assert bool((model(g, other) - model(g, previous))[0, 8 + model.reach :].any()) is bool(memory)
+
+
+def test_entries_have_no_order() -> None:
+    memory = decoder(5, memory=4).memory
+    assert memory is not None
+    x, states, tokens = torch.randn(2, 6, 16), *torch.randn(2, 2, 20, 16)
+    seen, order = torch.rand(2, 6, 20) > 0.3, torch.randperm(20)
+    k, v = memory.entries(states, tokens)
+    shuffled = memory(x, k[:, :, order], v[:, :, order], seen[:, :, order])
+    assert torch.allclose(memory(x, k, v, seen), shuffled, atol=1e-6)
+    assert not torch.allclose(memory(x, k, v, seen), memory(x, k, v[:, :, order], seen), atol=1e-3)
+    nothing = memory(x, k, v, torch.zeros_like(seen))  # `none` is left, whatever the entries are
+    assert torch.equal(nothing, memory(x, k[:, :, :0], v[:, :, :0], seen[:, :, :0])) and nothing.isfinite().all()
+
+
+@pytest.mark.parametrize("k", KS)
+def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two heads, forward and backward, where rows begin later, too."""
+    model = decoder(5, memory=k, dim=128)
+    g, previous = torch.randn(2, 3, 6 * k, 128)
+    calls = []
+    monkeypatch.setattr(local_decoder, "fused", lambda *args: calls.append(1) or fused(*args))
+    out = []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(local_decoder, "WRITTEN_OUT", most)
+        for first in (None, torch.tensor([0, k, 4 * k])):
+            u = model(g, previous, first)
+            loss = u.square().mean() if first is None else u[:, 4 * k :].square().mean()
+            out.append((u[:, 4 * k :], torch.autograd.grad(loss, model.memory.parameters())))  # type: ignore[union-attr]
+    assert len(calls) == 2
+    for (u, grads), (other, others) in ((out[0], out[2]), (out[1], out[3])):
+        assert torch.allclose(u, other, atol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) and b.any() for a, b in zip(grads, others, strict=True))
+
+
+@pytest.mark.parametrize("k", KS)
+@torch.no_grad()
+def test_steps_with_a_memory_equal_the_parallel_pass(k: int) -> None:
+    model = decoder(5, memory=k)
+    g, previous = torch.randn(2, 3, 7 * k, 16)
+    whole = model(g, previous)
+    for known in (k, 2 * k, 5 * k):
+        cache = model.prefill(g[:, :known], previous[:, :known], torch.zeros(3, dtype=torch.long))
+        assert torch.allclose(written(model, g, previous, cache, known), whole[:, known:], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", KS)
+@torch.no_grad()
+def test_rows_of_a_batch_are_as_alone(k: int) -> None:
+    """Rows that begin later, in the parallel pass and in steps; some of them selected, and in another order."""
+    model = decoder(5, memory=k)
+    g, previous = torch.randn(2, 3, 9 * k, 16)
+    first = torch.tensor([0, k, 3 * k])
+    known, middle = 4 * k, 7 * k
+    whole, cache = model(g, previous, first), model.prefill(g[:, :known], previous[:, :known], first)
+    for t in range(known, middle):
+        model.step(g[:, t], previous[:, t], cache)
+    kept = torch.tensor([2, 0])
+    steps = written(model, g[kept], previous[kept], cache.select(kept), middle)
+    for row, begin in enumerate(first.tolist()):
+        alone = model(g[row : row + 1, begin:], previous[row : row + 1, begin:])[0]
+        assert torch.allclose(whole[row, begin:], alone, atol=1e-5)
+        if row in kept:
+            assert torch.allclose(steps[kept.tolist().index(row)], alone[middle - begin :], atol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "restarts"), [(0, 0), (0, 4), (1, 0), (2, 0), (4, 0), (8, 0)])
+@torch.no_grad()
+def test_branches_equal_steps_from_each_start(memory: int, restarts: int) -> None:
+    """Of two texts, from each of some positions, by four tokens of the branch's own."""
+    model, k = decoder(3, memory=memory), memory or 4
+    texts = torch.randn(2, 2, 40, 16)  # g and previous, (B, T, E) each
+    starts = torch.tensor([1, 2, 5, 8, 9, 15, 16, 31, 36])
+    cache = model.branches(*texts, starts, restarts)
+    new = torch.randn(2, 2 * len(starts), 4, 16)
+    new[1, :, 0] = texts[1][:, starts].flatten(0, 1)  # what stands before a branch is the text's own
+    at, out = starts.repeat(2), []
+    for j in range(4):
+        if restarts:
+            cache.seen = cache.seen & ((at + j) % k > 0)[:, None]
+        if model.memory is not None and cache.memory is not None:
+            cache.memory.own = model.memory.visible(40, at.device)[at + j]
+        out.append(model.step(new[0, :, j], new[1, :, j], cache))
+    for i, start in enumerate(at.tolist()):
+        row = texts[:, i // len(starts)].clone()  # (2, T, E)
+        row[:, start : start + 4] = new[:, i]
+        size = (-1, restarts or 40, 16)
+        whole = model(row[0].reshape(size), row[1].reshape(size)).view(40, 16)
+        assert torch.allclose(torch.stack(out)[:, i], whole[start : start + 4], atol=1e-5), start

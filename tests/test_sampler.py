@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,11 @@ class Scripted(Sampler):
         {"k": 1},
         {"k": 8},
         {"local_window": 2, "local_layers": 3},
+        {"local_memory": True},
+        {"local_memory": True, "k": 1, "local_layers": 1},
+        {"local_memory": True, "k": 2, "local_qk_norm": True},
+        {"local_memory": True, "k": 8},
+        {"local_memory": True, "latents": "none"},
     ],
 )
 def test_steps_equal_the_full_forward(change: dict[str, Any]) -> None:
@@ -72,16 +78,18 @@ def test_steps_equal_the_full_forward(change: dict[str, Any]) -> None:
         assert torch.allclose(said, top[:, 0], atol=1e-4)
 
 
-def test_company_does_not_matter() -> None:
-    """Row i of a batch, drawn with seed s, is the same text as its prompt alone with seed s + i."""
-    sample = sampler(make_student())
-    params = SamplingParams(max_new_tokens=20, seed=7)
+@pytest.mark.parametrize("change", [{}, {"local_memory": True}, {"local_memory": True, "k": 1, "latents": "none"}])
+def test_company_does_not_matter(change: dict[str, Any]) -> None:
+    """Row i of a batch, drawn with seed s, is the same text as its prompt alone with seed s + i, whenever others end."""
+    sample = sampler(make_student(seq_len=48, **change))
+    params = SamplingParams(max_new_tokens=24, seed=7, stop=("q", "x"))
     together = sample.generate(PROMPTS, params)
+    assert len({len(row.token_ids) for row in together}) > 2
     for i, prompt in enumerate(PROMPTS):
-        alone = sample.generate([prompt], SamplingParams(max_new_tokens=20, seed=7 + i))[0]
+        alone = sample.generate([prompt], replace(params, seed=7 + i))[0]
         assert alone == together[i]
     assert sample.generate(PROMPTS, params) == together
-    assert sample.generate(PROMPTS, SamplingParams(max_new_tokens=20, seed=8)) != together
+    assert sample.generate(PROMPTS, replace(params, seed=8)) != together
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 13])

@@ -13,9 +13,10 @@ from conftest import make_ae, make_student, make_token_model, student_config
 
 from ae.losses import _WeightedNLL
 from configs.errors import UserError
+from configs.schema import as_dict, config_from
 from student.energy import EnergyHead, energy_loss, sharpened
 from student.losses import student_energy_loss, student_loss
-from student.student_model import Student
+from student.student_model import Student, StudentConfig
 from student.train_student import pad_left
 
 VARIANTS: list[dict[str, Any]] = [
@@ -25,8 +26,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"k": 1},
     {"k": 8, "local_layers": 1, "local_window": 3},
     {"local_decoder": "restart"},
+    {"local_memory": True},
+    {"local_memory": True, "k": 1},
+    {"local_memory": True, "k": 8, "local_layers": 1, "local_window": 3},
+    {"local_memory": True, "latents": "none", "local_layers": 1},
+    {"local_memory": True, "local_qk_norm": True},
 ]
-KINDS = ["ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"]
+KINDS = [
+    *("ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"),
+    *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed"),
+]
 
 
 @pytest.mark.parametrize("change", [*VARIANTS, {"attention": "eager"}], ids=[*KINDS, "eager attention"])
@@ -48,6 +57,8 @@ def test_no_position_sees_itself_or_a_later_token(change: dict[str, Any]) -> Non
         within = change.get("local_decoder") != "restart" or (t + 1) % model.cfg.k
         if model.local is not None and t < 23 and within:  # the next token always does
             assert moved[t + 1] > 1e-5
+        if model.local is not None and model.local.memory is not None:
+            assert (moved[next_chunk + model.local.memory.lag * model.cfg.k :] > 0).all()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -63,10 +74,13 @@ def test_token_model_is_causal_too(attention: str) -> None:
         assert (moved[: t + 1] < 1e-4).all() and (moved[t + 1 :] > 0).all()
 
 
-@pytest.mark.parametrize("change", [*VARIANTS[:3], VARIANTS[5]], ids=[*KINDS[:3], KINDS[5]])
+SUMMED = [0, 1, 2, 5, 7]  # of K 2, but for the memory's, which at K 1 has entries to show to five tokens
+
+
+@pytest.mark.parametrize("change", [VARIANTS[i] for i in SUMMED], ids=[KINDS[i] for i in SUMMED])
 def test_probabilities_of_all_continuations_sum_to_one(change: dict[str, Any]) -> None:
-    """V = 3, K = 2: all 3^5 texts of five tokens after one token of context, across three chunks."""
-    model = make_student(vocab_size=3, k=2, pad_id=0, **change)
+    """V = 3: all 3^5 texts of five tokens after one token of context, across three chunks of K = 2."""
+    model = make_student(**{"vocab_size": 3, "k": 2, "pad_id": 0, **change})
     texts = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=5)])
     probabilities = (-model.nll(texts, first=1).double().sum(1)).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
@@ -83,8 +97,9 @@ def test_a_restarting_decoder_sees_nothing_of_earlier_chunks_but_their_latents()
     assert torch.equal(one[:, 4:], two[:, 4:]) and not torch.equal(one[:, 1:4], two[:, 1:4])
 
 
-def test_it_starts_as_the_autoencoders_own_decoder() -> None:
-    model = Student(student_config()).eval()
+@pytest.mark.parametrize("memory", [False, True])
+def test_it_starts_as_the_autoencoders_own_decoder(memory: bool) -> None:
+    model = Student(student_config(local_memory=memory)).eval()
     tokens = torch.randint(320, (2, 16))
     states, g = model.token_states(tokens, model.predict_latents(tokens))
     assert torch.equal(states, g)
@@ -232,8 +247,19 @@ def test_the_energy_head_learns_and_leaves_the_decoder_alone() -> None:
         ({"num_layers": 0}, "num_layers: expected at least 1"),
         ({"latents": "none", "local_decoder": "none"}, "nothing to predict from"),
         ({"latents": "none", "head": "energy"}, "needs the latents"),
+        ({"local_memory": True, "local_decoder": "none"}, "--local_memory needs the local decoder's window"),
+        ({"local_memory": True, "local_decoder": "restart"}, "--local_memory needs the local decoder's window"),
+        ({"local_memory": True, "head": "energy"}, "--local_memory needs the local decoder's window"),
     ],
 )
 def test_impossible_shapes(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         student_config(**change)
+
+
+def test_a_checkpoint_from_before_the_memory_has_none() -> None:
+    values = as_dict(student_config())
+    del values["local_memory"]
+    model = Student(config_from(StudentConfig, values, "student.pt"))
+    assert model.local is not None and model.local.memory is None
+    assert not [name for name in model.state_dict() if "memory" in name]
