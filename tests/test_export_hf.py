@@ -27,7 +27,7 @@ from student.student_model import Student, load_student
 from tools import export_hf
 from tools.bundle import bundle
 
-TEXTS = ["def f(x):\n    return x + 1\n", "import", "class A:"]
+TEXTS = ["def f(x):\n    return x\n", "import", "class A:"]
 TEACHER = {"kind": "token-level", "k": 20, "teacher": ["big-model"], "tokens": 12345, "scored_tokens": 12000}
 STUDENTS: dict[str, dict[str, Any]] = {
     "windowed": {},
