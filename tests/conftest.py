@@ -124,7 +124,7 @@ def make_student(**changes: object) -> Student:
     if model.local is not None:
         torch.nn.init.normal_(model.local.exit.weight, std=0.5)
         if model.local.memory is not None:
-            torch.nn.init.normal_(model.local.memory.out.weight, std=0.5)
+            torch.nn.init.normal_(model.local.memory.out.weight, std=2.0)
     if isinstance(getattr(model, "exit", None), torch.nn.Linear):
         torch.nn.init.normal_(model.exit.weight, std=0.3)
     return model.eval()
