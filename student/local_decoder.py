@@ -235,7 +235,7 @@ class LocalDecoder(nn.Module):
 
     def prefill(self, g: Tensor, previous: Tensor, first: Tensor) -> LocalCache:
         """Run over known tokens, (B, T, E), and keep what the next W positions need."""
-        return self._run(g, previous, first)[1]
+        return self._run(g, previous, first, last=max(1, len(self.layers) - 1) * self.window)[1]
 
     def empty(self, batch: int, like: Tensor) -> LocalCache:
         """The cache of `batch` rows that have seen nothing, of `like`'s dtype and device."""
@@ -265,8 +265,13 @@ class LocalDecoder(nn.Module):
             cache.memory = MemoryCache(cache.memory.keys, cache.memory.values, own)
         return cache
 
-    def _run(self, g: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, LocalCache, list[tuple[Tensor, Tensor]]]:
-        """The parallel pass: u, what the next token needs, and each layer's keys, not rotated, and values, (B, A, T, d)."""
+    def _run(
+        self, g: Tensor, previous: Tensor, first: Tensor | None, last: int | None = None
+    ) -> tuple[Tensor, LocalCache, list[tuple[Tensor, Tensor]]]:
+        """The parallel pass: u, what the next token needs, and each layer's keys, not rotated, and values, (B, A, T, d).
+
+        last: behind the memory only the last so many positions go on.
+        """
         x = self._enter(g, previous)  # (B, T, E)
         positions = torch.arange(x.shape[1], device=x.device)
         begins = torch.zeros(len(x), dtype=torch.long, device=x.device) if first is None else first
@@ -279,19 +284,24 @@ class LocalDecoder(nn.Module):
             keys.append(self._last(k, 2))
             values.append(self._last(v, 2))
             if self.memory is not None and memory is None:
-                x, memory = self._look_up(self.memory, x, previous, first)
+                cut = 0 if last is None else max(0, len(positions) - last)
+                x, memory = self._look_up(self.memory, x, previous, first, cut)
+                positions, first = positions[cut:], None if first is None else (first - cut).clamp(min=0)
         seen = self._last(positions >= begins[:, None], 1)
-        return self.exit(self.norm(x)), LocalCache(keys, values, seen, x.shape[1], memory), made
+        return self.exit(self.norm(x)), LocalCache(keys, values, seen, g.shape[1], memory), made
 
-    def _look_up(self, memory: Memory, x: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, MemoryCache]:
-        """x (B, T, E) after the first layer, whole chunks -> the same after the memory, and what the next chunk needs."""
+    def _look_up(
+        self, memory: Memory, x: Tensor, previous: Tensor, first: Tensor | None, cut: int
+    ) -> tuple[Tensor, MemoryCache]:
+        """x (B, T, E) after the first layer, whole chunks -> from position `cut` on the same after the memory, and what the
+        next chunk needs."""
         known = x.shape[1] - memory.k  # of the last chunk nothing is looked up yet
         own = torch.ones(1, known, dtype=torch.bool, device=x.device)
         if first is not None:
             own = torch.arange(known, device=x.device) >= first[:, None]  # (B, S)
         keys, values = memory.entries(x[:, :known], previous[:, 1 : known + 1])
         cache = MemoryCache(keys, values, own.expand(len(x), -1), x[:, known:], previous[:, known + 1 :])
-        return memory(x, keys, values, own[:, None] & memory.visible(x.shape[1], x.device)), cache
+        return memory(x[:, cut:], keys, values, own[:, None] & memory.visible(x.shape[1], x.device)[cut:]), cache
 
     def _last(self, x: Tensor, dim: int) -> Tensor:
         """The last W entries along `dim`, zeros in front where there are fewer."""
