@@ -216,14 +216,14 @@ class Entries:
 
     def put(self, slots: Tensor, made: MemoryCache, first: Tensor) -> None:
         """What a prompt's pass made goes into slots (n,); row i's own entries begin at first[i]."""
-        count = made.keys.shape[2]
+        count = made.keys.shape[2] - 1  # without `none`
         if made.states is not None:
             self.states[slots] = made.states.to(self.states.dtype)
         if count:
             at = (torch.arange(count, device=slots.device) + first[:, None]).clamp(max=count - 1)  # (n, count)
             rows = torch.arange(len(slots), device=slots.device)[:, None]
             for kept, new in ((self.keys, made.keys), (self.values, made.values)):
-                kept[slots, :, 1 : count + 1] = new[rows, :, at].transpose(1, 2).to(kept.dtype)  # (n, A, count, d)
+                kept[slots, :, 1 : count + 1] = new[rows, :, 1 + at].transpose(1, 2).to(kept.dtype)  # (n, A, count, d)
 
 
 class FastSampler(Sampler):

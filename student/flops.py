@@ -21,7 +21,7 @@ from ae.ae_model import AEConfig, Autoencoder
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student.baseline import BackboneConfig, TokenModel
 from student.energy import MODEL_SAMPLES
-from student.local_decoder import Memory
+from student.local_decoder import lag
 from student.student_model import Student, StudentConfig
 
 
@@ -154,9 +154,7 @@ def generation_flops(cfg: BackboneConfig, context: int | None = None) -> dict[st
     weights = [(rate.part, 2 * p.numel() * rate.written_at) for p, rate in _rated(cfg) if p.ndim == 2]
     if not isinstance(cfg, StudentConfig):
         return _sum(weights + _attention(cfg, tokens, 0, 0))
-    with torch.device("meta"):
-        hidden = Memory(cfg.embed_dim, cfg.k).lag * cfg.k
-    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.window, max(0, tokens - hidden)))
+    return _sum(weights + _attention(cfg, tokens / cfg.k, cfg.window, max(0, tokens - lag(cfg.k) * cfg.k)))
 
 
 def generation_bytes(cfg: BackboneConfig, bytes_per_weight: float = 2) -> dict[str, float]:

@@ -35,8 +35,8 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Attention in which query i sees key j where seen[..., i, j]: q (B, A, N, T, d), k and v (B, A, N, S, d), seen
-    broadcastable to (B, A, N, T, S) -> (B, A, N, T, d). For CPUs, whose fused kernels are slow on many short rows with a
+    """Attention in which query i sees key j where seen[..., i, j]: q (..., T, d), k and v (..., S, d), seen broadcastable to
+    (..., T, S) -> (..., T, d). For CPUs, whose fused kernels are slow on many short rows with a
     mask, above all backwards.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, A, N, T, S)
@@ -44,8 +44,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """The same as `written_out`, for GPUs, whose kernels keep no scores; they take four dimensions."""
-    seen = seen.expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)  # (B * A, N, T, S): no copy where all rows have one mask
+    """The same for (B, A, N, T, d), for GPUs, whose kernels keep no scores; they take four dimensions."""
+    seen = seen.expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)  # (B * A, N, T, S)
     out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=seen)
     return out.unflatten(0, q.shape[:2])
 
@@ -80,7 +80,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, first: Tens
 
 @dataclass
 class MemoryCache:
-    """Keys and values of the memory's entries, (B, A, S, d); `own` (B, S) marks those that belong to a row.
+    """Keys and values of `none` and of the memory's entries, (B, A, 1 + S, d); `own` (B, 1 + S) marks those of a row.
 
     states, tokens: of the chunk being written, (B, up to K, E) each: what its entries will be made from.
     Where `states` is None no more entries are taken, `own` marks what may be looked at, and there may be more rows than
@@ -145,18 +145,26 @@ class LocalLayer(nn.Module):
         return self.mlp(x + self.out(attended.transpose(1, 2).flatten(2)))
 
 
-class Memory(nn.Module):
-    """Attention to the tokens of all earlier chunks.
+def lag(k: int) -> int:
+    """Chunks right before a token's own that its memory leaves out, as many as it takes for three tokens.
 
-    An entry stands for a token and for the state right before it: what the first layer had read when the token was next. A
+    The window has them, where it is that wide; and a text of four tokens, wherever it begins, never looks at an entry of its
+    own (`student/brier.py`).
+    """
+    return -(-3 // k)
+
+
+class Memory(nn.Module):
+    """Attention to the tokens of all earlier chunks but the last `lag`.
+
+    An entry is made of a token and of the state right before it: what the first layer had read when the token was next. A
     token whose own state is like that finds, in one layer, what came next then (arXiv 2411.19574 shifts keys against
     values to the same end). Entries have no positions; `none` is the one to look at where nothing was found.
     """
 
     def __init__(self, dim: int, k: int) -> None:
         super().__init__()
-        self.heads, self.k = max(1, dim // HEAD_DIM), k
-        self.lag = -(-3 // k)
+        self.heads, self.k, self.lag = max(1, dim // HEAD_DIM), k, lag(k)
         self.norm, self.norm_state, self.norm_token = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
         self.query = nn.Linear(dim, dim, bias=False)
         self.key, self.value = nn.Linear(2 * dim, dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
@@ -173,31 +181,29 @@ class Memory(nn.Module):
         k, v = (part(both).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
         return self.norm_k(k), v
 
+    def with_none(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`none` put before the entries, (B, A, S, d) -> (B, A, 1 + S, d)."""
+        k, v = (part.expand(len(keys), -1, -1, -1) for part in self._entries(self.none.expand(1, 1, -1).to(keys.dtype)))
+        return torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
+
     def queries(self, x: Tensor) -> Tensor:
         """x (..., E) -> (..., A, d)."""
         return self.norm_q(self.query(self.norm(x)).unflatten(-1, (self.heads, -1)))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """x (B, T, E) -> the same with what was found added; seen (B or 1, T, S): which entries a token may look at."""
+        """x (B, T, E) -> the same with what was found added; keys, values of `with_none`; seen (B or 1, T, 1 + S): which of
+        them a token may look at."""
         q = self.queries(x).transpose(1, 2)  # (B, A, T, d)
-        k, v = self.with_none(keys, values)
-        attend = written_out if x.device.type == "cpu" and q.shape[2] * k.shape[2] <= WRITTEN_OUT else fused
-        found = attend(q[:, :, None], k[:, :, None], v[:, :, None], F.pad(seen, (1, 0), value=True)[:, None, None])
-        return x + self.out(found[:, :, 0].transpose(1, 2).flatten(2))
+        if x.device.type == "cpu" and q.shape[2] * keys.shape[2] <= WRITTEN_OUT:
+            found = written_out(q, keys, values, seen[:, None])
+        else:
+            found = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])
+        return x + self.out(found.transpose(1, 2).flatten(2))
 
-    def with_none(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`none` put before the entries, (B, A, S, d) -> (B, A, S + 1, d)."""
-        k, v = (part.expand(len(keys), -1, -1, -1) for part in self._entries(self.none.expand(1, 1, -1).to(keys.dtype)))
-        return torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
-
-    def visible(self, length: int, device: torch.device) -> Tensor:
-        """(T, T - K): which entries each of T tokens, whole chunks, may look at.
-
-        The chunks right before a token's own are left out, as many as it takes for three tokens: the window has them, and a
-        text of four tokens, wherever it begins, never looks at an entry of its own.
-        """
+    def visible(self, length: int, device: torch.device, cut: int = 0) -> Tensor:
+        """(T - cut, 1 + T - K): what each of T tokens, whole chunks, may look at, from token `cut` on."""
         chunk = torch.arange(length, device=device) // self.k
-        return chunk[: length - self.k] < chunk[:, None] - self.lag
+        return F.pad(chunk[: length - self.k] < chunk[cut:, None] - self.lag, (1, 0), value=True)
 
 
 class LocalDecoder(nn.Module):
@@ -296,12 +302,16 @@ class LocalDecoder(nn.Module):
         """x (B, T, E) after the first layer, whole chunks -> from position `cut` on the same after the memory, and what the
         next chunk needs."""
         known = x.shape[1] - memory.k  # of the last chunk nothing is looked up yet
-        own = torch.ones(1, known, dtype=torch.bool, device=x.device)
+        keys, values = memory.with_none(*memory.entries(x[:, :known], previous[:, 1 : known + 1]))
+        own, seen = (
+            torch.ones(len(x), 1 + known, dtype=torch.bool, device=x.device),
+            memory.visible(x.shape[1], x.device, cut)[None],
+        )
         if first is not None:
-            own = torch.arange(known, device=x.device) >= first[:, None]  # (B, S)
-        keys, values = memory.entries(x[:, :known], previous[:, 1 : known + 1])
-        cache = MemoryCache(keys, values, own.expand(len(x), -1), x[:, known:], previous[:, known + 1 :])
-        return memory(x[:, cut:], keys, values, own[:, None] & memory.visible(x.shape[1], x.device)[cut:]), cache
+            own = F.pad(torch.arange(known, device=x.device) >= first[:, None], (1, 0), value=True)
+            seen = seen & own[:, None]
+        cache = MemoryCache(keys, values, own, x[:, known:], previous[:, known + 1 :])
+        return memory(x[:, cut:], keys, values, seen), cache
 
     def _last(self, x: Tensor, dim: int) -> Tensor:
         """The last W entries along `dim`, zeros in front where there are fewer."""
@@ -337,6 +347,6 @@ class LocalDecoder(nn.Module):
                 cache.own = F.pad(cache.own, (0, memory.k), value=True)
                 cache.states, cache.tokens = cache.states[:, :0], cache.tokens[:, :0]
             cache.states = torch.cat([cache.states, x], dim=1)
-            shown = max(0, cache.keys.shape[2] - memory.lag * memory.k)
+            shown = max(1, cache.keys.shape[2] - memory.lag * memory.k)
         seen = cache.own[:, :shown].unflatten(0, rows.shape[:2])  # (texts, n, S)
         return memory(rows, cache.keys[:, :, :shown], cache.values[:, :, :shown], seen).flatten(0, 1)[:, None]

@@ -10,7 +10,7 @@
     logits        (g_t + u_t) . embedding
 
 so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on the last tokens through the local decoder,
-whose memory, where it has one, sees the tokens of all earlier chunks, too.
+whose memory, where it has one, sees the tokens of all earlier chunks but the last, too.
 
 Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width, `E` embedding width, `H` hidden width,
 `V` vocabulary.
@@ -59,7 +59,10 @@ class StudentConfig(BackboneConfig):
         if self.latents == "none" and self.local_decoder == "none":
             raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
         if self.local_memory and (self.local_decoder != "window" or self.head != "direct"):
-            raise UserError("--local_memory needs the local decoder's window: --local_decoder window and --head direct")
+            raise UserError(
+                "--local_memory needs the local decoder's window (--local_decoder window, --head direct); for the controls "
+                "without it add --no-local_memory"
+            )
 
     @property
     def window(self) -> int:

@@ -29,8 +29,9 @@ def eager(model: Student) -> Sampler:
     return Sampler(model, Letters())  # type: ignore[arg-type]
 
 
+MEMORIES: list[dict[str, Any]] = [{}, {"k": 1}, {"k": 8}, {"local_layers": 1}, {"local_layers": 3}]
 VARIANTS: list[dict[str, Any]] = [
-    {"local_qk_norm": True}, *({"local_memory": True, **more} for more in ({}, {"k": 1}, {"k": 8}, {"local_layers": 1})),
+    {"local_qk_norm": True}, *({"local_memory": True, **more} for more in MEMORIES),
     {}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3},
     *({"local_window": window} for window in (1, 3, 4, 6, 9, 13)),  # less than a chunk of 4, one, and more
 ]  # fmt: skip
@@ -324,9 +325,8 @@ def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
         logits = model.ae.logits(model.hidden(torch.tensor([whole]))).masked_fill(sample.never, -torch.inf)[0]
         said = logits[torch.arange(known, known + 18), out.token_ids]
         assert torch.allclose(said, logits[known : known + 18].amax(-1), atol=1e-3)
-    other = make_student(
-        local_memory=True, seq_len=16, local_layers=1, num_layers=1
-    )  # the same generated code with other weights
+    # the same generated code with other weights
+    other = make_student(local_memory=True, seq_len=16, local_layers=1, num_layers=1)
     assert fast(other, slots=2, compile=True).generate(prompts, GREEDY) == eager(other).generate(prompts, GREEDY)
     drawn = sampler.generate(prompts, SamplingParams(16, temperature=0, seed=9))  # the same graph again
     assert drawn[0].token_ids == sample.generate(prompts[:1], SamplingParams(16, temperature=0, seed=9))[0].token_ids

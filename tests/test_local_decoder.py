@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from student import local_decoder
-from student.local_decoder import LocalCache, LocalDecoder, Memory, fused, windowed_attention, written_out
+from student.local_decoder import LocalCache, LocalDecoder, Memory, fused, lag, windowed_attention, written_out
 
 
 def decoder(window: int, layers: int = 2, memory: int = 0, dim: int = 16) -> LocalDecoder:
@@ -102,28 +102,31 @@ def test_reach(window: int, layers: int) -> None:
 def test_it_starts_as_nothing() -> None:
     model = LocalDecoder(16, 2, 4)
     assert (model(*torch.randn(2, 1, 8, 16)) == 0).all()
-    assert (LocalDecoder(16, 2, 4, memory=2)(*torch.randn(2, 1, 8, 16)) == 0).all()
+    with_memory = LocalDecoder(16, 2, 4, memory=2)
+    assert (with_memory(*torch.randn(2, 1, 8, 16)) == 0).all()
+    assert with_memory.memory is not None and not with_memory.memory.out.weight.any()
 
 
 KS = [1, 2, 4, 8]
 
 
 def test_the_memory_finds_what_followed_the_same_state() -> None:
-    """Of 24 unlike states the one that is met again finds the token that stood behind it, and nobody else's."""
+    """Of 24 unlike states the one that is met again finds the token that stood behind it, and nobody else's.
+
+    A query is its state, made long so that the best key takes all; a key is its state, a value its token.
+    """
     memory = Memory(32, 4)
     states, tokens = torch.randn(2, 1, 24, 32)
-    with (
-        torch.no_grad()
-    ):  # a query is its state, made long so that the best key takes all; a key is its state, a value its token
+    with torch.no_grad():
         memory.query.weight.copy_(torch.eye(32))
         memory.norm_q.weight.fill_(8.0)
         memory.key.weight.copy_(torch.eye(32, 64))
         memory.value.weight.copy_(torch.eye(32, 64).roll(32, 1))
         memory.out.weight.copy_(torch.eye(32))
-        met, entries = states[:, 5:9], memory.entries(states, tokens)
-        all_but = torch.ones(1, 4, 24, dtype=torch.bool)
+        met, entries = states[:, 5:9], memory.with_none(*memory.entries(states, tokens))
+        all_but = torch.ones(1, 4, 25, dtype=torch.bool)
         found = memory(met, *entries, all_but) - met
-        all_but[..., 5:9] = False
+        all_but[..., 6:10] = False
         others = memory(met, *entries, all_but) - met
     assert torch.allclose(found, memory.norm_token(tokens[:, 5:9]), atol=1e-2)
     assert ((others - found).abs().amax(-1) > 0.5).all()
@@ -133,15 +136,14 @@ def test_the_memory_finds_what_followed_the_same_state() -> None:
 def test_a_token_sees_all_chunks_but_the_last(k: int) -> None:
     """Far beyond its window; of the chunks before its own those that three tokens reach back into are left out."""
     model = decoder(1, 1, memory=k)  # with a window of 1, only the memory sees any other token
-    lag = -(-3 // k)
-    length = (lag + 3) * k
+    length = (lag(k) + 3) * k
     g, previous = torch.randn(2, 1, length, 16)
     for token in range(length - 1):
         other = previous.clone()
         other[0, token + 1] += 1
         moved = (model(g, other) - model(g, previous))[0].abs().amax(-1) > 1e-6
         moved[token + 1] = False  # this one reads it itself
-        assert moved.tolist() == [t >= (token // k + lag + 1) * k for t in range(length)], token
+        assert moved.tolist() == [t >= (token // k + lag(k) + 1) * k for t in range(length)], token
 
 
 def test_without_a_memory_nothing_lies_beyond_the_reach() -> None:
@@ -157,29 +159,32 @@ def test_entries_have_no_order() -> None:
     memory = decoder(5, memory=4).memory
     assert memory is not None
     x, states, tokens = torch.randn(2, 6, 16), *torch.randn(2, 2, 20, 16)
-    seen, order = torch.rand(2, 6, 20) > 0.3, torch.randperm(20)
-    k, v = memory.entries(states, tokens)
+    seen, order = torch.rand(2, 6, 21) > 0.3, torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(20)])
+    seen[..., 0] = True
+    k, v = memory.with_none(*memory.entries(states, tokens))
     shuffled = memory(x, k[:, :, order], v[:, :, order], seen[:, :, order])
     assert torch.allclose(memory(x, k, v, seen), shuffled, atol=1e-6)
     assert not torch.allclose(memory(x, k, v, seen), memory(x, k, v[:, :, order], seen), atol=1e-3)
-    nothing = memory(x, k, v, torch.zeros_like(seen))  # `none` is left, whatever the entries are
-    assert torch.equal(nothing, memory(x, k[:, :, :0], v[:, :, :0], seen[:, :, :0])) and nothing.isfinite().all()
+    seen[..., 1:] = False  # `none` is left, whatever the entries are
+    assert torch.equal(memory(x, k, v, seen), memory(x, k[:, :, :1], v[:, :, :1], seen[:, :, :1]))
 
 
 @pytest.mark.parametrize("k", KS)
 def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two heads, forward and backward, where rows begin later, too."""
     model = decoder(5, memory=k, dim=128)
+    assert model.memory is not None
+    weights = list(model.memory.parameters())
     g, previous = torch.randn(2, 3, 6 * k, 128)
-    calls = []
-    monkeypatch.setattr(local_decoder, "fused", lambda *args: calls.append(1) or fused(*args))
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **more: calls.append(1) or kernel(*a, **more))
     out = []
     for most in (1 << 20, 0):
         monkeypatch.setattr(local_decoder, "WRITTEN_OUT", most)
         for first in (None, torch.tensor([0, k, 4 * k])):
             u = model(g, previous, first)
             loss = u.square().mean() if first is None else u[:, 4 * k :].square().mean()
-            out.append((u[:, 4 * k :], torch.autograd.grad(loss, model.memory.parameters())))  # type: ignore[union-attr]
+            out.append((u[:, 4 * k :], torch.autograd.grad(loss, weights)))
     assert len(calls) == 2
     for (u, grads), (other, others) in ((out[0], out[2]), (out[1], out[3])):
         assert torch.allclose(u, other, atol=1e-5)
@@ -189,7 +194,7 @@ def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("k", KS)
 @torch.no_grad()
 def test_steps_with_a_memory_equal_the_parallel_pass(k: int) -> None:
-    model = decoder(5, memory=k)
+    model = decoder(5, layers=3, memory=k)
     g, previous = torch.randn(2, 3, 7 * k, 16)
     whole = model(g, previous)
     for known in (k, 2 * k, 5 * k):
@@ -224,7 +229,7 @@ def test_branches_equal_steps_from_each_start(memory: int, restarts: int) -> Non
     model, k = decoder(3, memory=memory), memory or 4
     texts = torch.randn(2, 2, 40, 16)  # g and previous, (B, T, E) each
     starts = torch.tensor([1, 2, 5, 8, 9, 15, 16, 31, 36])
-    cache = model.branches(*texts, starts, restarts)
+    cache = model.branches(texts[0], texts[1], starts, restarts)
     new = torch.randn(2, 2 * len(starts), 4, 16)
     new[1, :, 0] = texts[1][:, starts].flatten(0, 1)  # what stands before a branch is the text's own
     at, out = starts.repeat(2), []
