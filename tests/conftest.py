@@ -95,7 +95,8 @@ def world(packed: World) -> World:
     """Packed data, and an autoencoder, a token-level model and a student of a few steps."""
     assert run_script(train_ae, *packed.train_flags(), *SMALL_AE, "--max_steps", 20) == 0
     assert run_script(baseline, *packed.train_flags(), *SMALL_LM, "--k", 4, "--max_steps", 3) == 0
-    assert run_script(train_student, *packed.train_flags(), *SMALL_LM, "--ae_ckpt", packed.ae, "--max_steps", 3) == 0
+    student = [*SMALL_LM, "--ae_ckpt", packed.ae, "--local_memory", "--max_steps", 3]
+    assert run_script(train_student, *packed.train_flags(), *student) == 0
     return packed
 
 

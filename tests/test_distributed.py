@@ -22,7 +22,7 @@ from student.student_model import load_student
 
 STEPS = 6
 MUON = ("--optimizer", "muon")
-STUDENT = [*SMALL_LM, "--base_w", 0.1, "--pad_share", 0.7]  # rows with pads: each slice has its own count
+STUDENT = [*SMALL_LM, "--local_memory", "--base_w", 0.1, "--pad_share", 0.7]  # rows with pads: each slice has its own count
 
 
 def flags_of(world: World, folder: Path, *more: Any) -> list[str]:

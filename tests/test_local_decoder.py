@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,8 +178,8 @@ def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert model.memory is not None
     weights = list(model.memory.parameters())
     g, previous = torch.randn(2, 3, 6 * k, 128)
-    calls, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **more: calls.append(1) or kernel(*a, **more))
+    kernel = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
     out = []
     for most in (1 << 20, 0):
         monkeypatch.setattr(local_decoder, "WRITTEN_OUT", most)
@@ -185,7 +187,7 @@ def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> 
             u = model(g, previous, first)
             loss = u.square().mean() if first is None else u[:, 4 * k :].square().mean()
             out.append((u[:, 4 * k :], torch.autograd.grad(loss, weights)))
-    assert len(calls) == 2
+    assert kernel.call_count == 2
     for (u, grads), (other, others) in ((out[0], out[2]), (out[1], out[3])):
         assert torch.allclose(u, other, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) and b.any() for a, b in zip(grads, others, strict=True))

@@ -32,7 +32,7 @@ def flags_of(name: str, world: World) -> list[Any]:
     own = {
         "ae": SMALL_AE,
         "token_model": [*SMALL_LM, "--k", 4],
-        "student": [*SMALL_LM, "--ae_ckpt", world.ae, "--mse_w", 0.1, "--base_w", 0.1],
+        "student": [*SMALL_LM, "--local_memory", "--ae_ckpt", world.ae, "--mse_w", 0.1, "--base_w", 0.1],
     }
     return [*own[name], "--log_every", 1]
 
