@@ -136,7 +136,10 @@ class StudentTrainConfig(LMTrainConfig):
     local_layers: int = opt(2, "layers of the local decoder")
     local_window: int = opt(64, "tokens each layer of the local decoder sees")
     local_qk_norm: bool = opt(False, "normalise the queries and keys of the local decoder's heads, as the backbone does")
-    local_memory: bool = opt(False, "let the local decoder look up what followed where the text read alike, however far back")
+    local_memory: bool = opt(
+        False, "let the local decoder look up what followed where the text read alike, however far back; its windows should "
+        "reach two chunks, since the last is not looked up",
+    )  # fmt: skip
     local_decoder: str = opt(
         "window",
         "window; controls: restart, which sees its own chunk only, and none, independent positions",
