@@ -109,10 +109,11 @@ def test_scored_text_has_the_model_s_own_logprobs(world: World, at_teacher: Path
     tokenizer = world.root / "tokenizer"
     pack = ["--store", store, "--tokenizer", tokenizer, "--output", shard, "--k", 4, "--val_split", 0.3]
     assert run_script(kd_batcher, *pack) == 0
-    rows, eot = KDShard(shard / "train"), TokenizerAdapter.load(tokenizer).eot_id
+    splits, eot = [KDShard(shard / name) for name in ("train", "val")], TokenizerAdapter.load(tokenizer).eot_id
     model, _ = load_token_model(world.token_model)
     scored = 0
-    for start, end in zip(rows.doc_starts, [*rows.doc_starts[1:], rows.n_tokens], strict=True):
+    pieces = [(s, *ends) for s in splits for ends in zip(s.doc_starts, [*s.doc_starts[1:], s.n_tokens], strict=True)]
+    for rows, start, end in pieces:
         ids, top_ids, top_logprobs = (x[0] for x in rows.windows([int(start)], int(end - start)))
         known = top_ids[:, 0] != MISSING
         if not known[0]:

@@ -72,7 +72,8 @@ def make_step(**changes: Any) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
 
 def test_weights_gradients_and_optimizer_are_the_real_ones(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     short = 8  # a window in which attention, which the plan does not count, is little beside the products
-    told = planned(train_student, capsys, *world.train_flags(), *SMALL_LM, "--ae_ckpt", world.ae, "--local_window", short)
+    flags = [*SMALL_LM, "--ae_ckpt", world.ae, "--local_memory", "--local_window", short]
+    told = planned(train_student, capsys, *world.train_flags(), *flags)
     memory = told["memory"]["1 process"]
     model, _ = load_student(world.student)
     tokens, pads = torch.randint(2, 320, (4, model.cfg.context)), torch.zeros(4, dtype=torch.long)
