@@ -303,10 +303,8 @@ class LocalDecoder(nn.Module):
         next chunk needs."""
         known = x.shape[1] - memory.k  # of the last chunk nothing is looked up yet
         keys, values = memory.with_none(*memory.entries(x[:, :known], previous[:, 1 : known + 1]))
-        own, seen = (
-            torch.ones(len(x), 1 + known, dtype=torch.bool, device=x.device),
-            memory.visible(x.shape[1], x.device, cut)[None],
-        )
+        seen = memory.visible(x.shape[1], x.device, cut)[None]
+        own = torch.ones(len(x), 1 + known, dtype=torch.bool, device=x.device)
         if first is not None:
             own = F.pad(torch.arange(known, device=x.device) >= first[:, None], (1, 0), value=True)
             seen = seen & own[:, None]
