@@ -105,19 +105,21 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices instead, all but tables and autoencoder.
+    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices instead, all but tables and, unless it is
+    `muon_all`, the autoencoder's.
 
     Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate.
     """
-    muon, table_lr = (cfg.optimizer == "muon", cfg.table_lr) if isinstance(cfg, LMTrainConfig) else (False, 1.0)
+    choice, table_lr = (cfg.optimizer, cfg.table_lr) if isinstance(cfg, LMTrainConfig) else ("adamw", 1.0)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parts: dict[str, list[Tensor]] = {"muon": [], "matrices": [], "vectors": [], "tables": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
+        for_muon = choice == "muon_all" or (choice == "muon" and not name.startswith("ae."))
         if id(p) in tables and table_lr != 1:
             parts["tables"].append(p)
-        elif muon and p.ndim == 2 and id(p) not in tables and not name.startswith("ae."):
+        elif for_muon and p.ndim == 2 and id(p) not in tables:
             parts["muon"].append(p)
         else:
             parts["matrices" if p.ndim >= 2 else "vectors"].append(p)
@@ -128,7 +130,7 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
     if parts["tables"]:  # a higher rate, but no more decay
         groups.append({"params": parts["tables"], "weight_decay": cfg.weight_decay / table_lr, "scale": table_lr})
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    if not muon:
+    if choice == "adamw":
         return [adamw]
     matrices = parts["muon"]
     return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]

@@ -100,7 +100,9 @@ class LMTrainConfig(TrainConfig):
     activation_checkpointing: bool = opt(False, "keep only the inputs of the backbone's layers, and compute them twice")
     eval_windows: int = opt(64, "windows of the validation text that the trainer scores; tools/evaluate.py scores all", low=1)
     optimizer: str = opt(
-        "adamw", "adamw, or muon, which has all matrices but tables and autoencoder", choices=("adamw", "muon")
+        "adamw",
+        "adamw; muon, which has all matrices but tables and those of the student's autoencoder; muon_all: those, too",
+        choices=("adamw", "muon", "muon_all"),
     )
     table_lr: float = opt(1.0, "learning rate of the embedding table, as a multiple of --lr", low=1e-9)
     ce_w: float | None = opt(
@@ -140,6 +142,9 @@ class StudentTrainConfig(LMTrainConfig):
         False, "let the local decoder look up what followed where the text read alike, however far back; its windows should "
         "reach two chunks, since the last is not looked up",
     )  # fmt: skip
+    latent_bypass: bool = opt(
+        False, "let what the backbone knows reach the tokens of a chunk past the latent, too: one projection a position"
+    )
     local_decoder: str = opt(
         "window",
         "window; controls: restart, which sees its own chunk only, and none, independent positions",

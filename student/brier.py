@@ -68,7 +68,7 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
     k, (batch, length) = model.cfg.k, tokens.shape
     rows = tokens.repeat_interleave(len(starts), 0)  # (R, T), R = B * S; sampled tokens are written into it
     at, row = starts.repeat(batch), torch.arange(batch * len(starts), device=tokens.device)
-    one = model.ae.decode(model.predict_latents(tokens)).flatten(1, 2)  # (B, T, E)
+    one = model.predict(tokens)[1]  # (B, T, E)
     g = one.repeat_interleave(len(starts), 0)  # (R, T, E)
     cache, restarts = None, model.cfg.local_decoder == "restart"
     if model.local is not None:
@@ -81,11 +81,13 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
             at = at + 1
             crossed = (at % k == 0).nonzero()[:, 0]
             if len(crossed) and model.cfg.latents != "none":
-                z_hat = model.predict_latents(rows[crossed])[torch.arange(len(crossed), device=at.device), at[crossed] // k]
+                next_g = model.predict(rows[crossed])[1].unflatten(1, (-1, k))[
+                    torch.arange(len(crossed), device=at.device), at[crossed] // k
+                ]
                 place = at[crossed, None] + torch.arange(k, device=at.device)
                 inside = (place < length)[..., None]  # a chunk may reach past the window, its n-gram never does
                 g[crossed[:, None], place.clamp(max=length - 1)] = torch.where(
-                    inside, model.ae.decode(z_hat).to(g.dtype), g[crossed[:, None], place.clamp(max=length - 1)]
+                    inside, next_g.to(g.dtype), g[crossed[:, None], place.clamp(max=length - 1)]
                 )
         hidden = g[row, at]
         if model.local is not None and cache is not None:

@@ -76,7 +76,7 @@ class LatentStep(nn.Module):
 
     def __init__(self, model: Student, positions: int) -> None:
         super().__init__()
-        self.ae, self.exit, self.enter = model.ae, model.exit, model.backbone_input
+        self.ae, self.enter, self.unfold = model.ae, model.backbone_input, model.unfold
         self.backbone = StaticBackbone(model.backbone, positions)
         self.local = model.local
         if (local := model.local) is not None:
@@ -94,7 +94,7 @@ class LatentStep(nn.Module):
         The window moves on by a chunk, and the memory takes the chunk in, both in place.
         """
         h = self.backbone.step(self.enter(chunk), cache, length)  # (B, H)
-        g = self.ae.decode(self.exit(h))
+        g = self.unfold(h)[1]  # (B, K, E)
         if self.local is None or window is None:
             return g, g
         self._move(window, self.local.window)
@@ -399,7 +399,7 @@ class FastSampler(Sampler):
             need = min(longest, -(-len(model.local.layers) * model.local.window // k))
         at = chunks[:, None] - need + torch.arange(need, device=device)  # (n, need)
         rows, first = each[:, None], (-at[:, 0]).clamp(min=0) * k  # (n,): where a row begins
-        g = model.ae.decode(model.exit(h[rows, at.clamp(min=0)])).flatten(1, 2)  # (n, need * K, E)
+        g = model.unfold(h[rows, at.clamp(min=0)])[1].flatten(1, 2)  # (n, need * K, E)
         recent = torch.where((at < 0)[..., None], self.cfg.pad_id, tokens[rows, at.clamp(min=0)]).flatten(1)
         before = torch.where(at[:, 0] > 0, tokens[each, (at[:, 0] - 1).clamp(min=0), -1], self.cfg.pad_id)
         previous = model.ae.embed(torch.cat([before[:, None], recent[:, :-1]], dim=1))

@@ -55,6 +55,7 @@ def _student_rates(cfg: StudentConfig) -> dict[str, Rate]:
         "enter_norm": Rate("encoder", encoded * chunk, chunk, chunk),
         "backbone": Rate("backbone", chunk, chunk, chunk),
         "exit": Rate("head", chunk * (MODEL_SAMPLES if energy else 1), chunk, chunk),
+        "bypass": Rate("decoder", chunk, chunk, chunk),
         "ae.decoder": Rate("decoder", decoded * chunk, chunk, chunk),
         "ae.decoder.token_blocks": Rate("decoder", decoded, 1, chunk),
         "local": Rate("local decoder", 1, 1, 1),

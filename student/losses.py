@@ -43,8 +43,8 @@ def student_loss(
     `kd.losses.mean_kl`. Pads carry no loss. counted: what the means divide by, where it is not `counts` of these rows (of
     a part of a batch: its share of the whole batch's).
     """
-    z_hat = model.predict_latents(tokens)  # (B, L, D)
-    states, g = model.token_states(tokens, z_hat)  # (B, T, E)
+    z_hat, g = model.predict(tokens)  # (B, L, D), (B, T, E)
+    states = model.token_states(tokens, g)  # (B, T, E)
     real = torch.arange(tokens.shape[1], device=tokens.device) >= pads[:, None]  # (B, T)
     count, n_chunks = counted or counts(tokens, pads, model.cfg.k)
 

@@ -134,16 +134,15 @@ class _State:
     cache: DynamicCache
     mask: Tensor  # (B, positions so far): which cache positions are a row's own
     position: Tensor  # (B,): the backbone position of the next input
-    h: Tensor | None  # (B, H), None with the latent path off
+    h: Tensor  # (B, H); with the latent path off (B, 0)
     local: LocalCache | None
     previous: Tensor  # (B,)
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows, (n,) indices."""
         self.mask, self.position, self.previous = self.mask[rows], self.position[rows], self.previous[rows]
-        if self.h is not None:
-            self.h = self.h[rows]
-            self.cache.batch_select_indices(rows)
+        self.h = self.h[rows]
+        self.cache.batch_select_indices(rows)
         if self.local is not None:
             self.local = self.local.select(rows)
 
@@ -237,9 +236,9 @@ class Sampler:
         )  # (B, L*K)
         begin = torch.tensor([longest - n for n in chunks], device=device)  # (B,)
         at = torch.arange(longest + 1, device=device)
-        mask, cache, h = (at >= begin[:, None]), DynamicCache(), None  # (B, L+1)
+        mask, cache = (at >= begin[:, None]), DynamicCache()  # (B, L+1)
         if self.cfg.latents == "none":
-            z_hat = model.predict_latents(tokens)
+            states = model.table.new_zeros(len(tokens), longest + 1, 0)
         else:
             x = model.backbone_input(tokens.unflatten(1, (-1, k)))  # (B, L, H)
             x = torch.cat([x[:, :1], x], dim=1)
@@ -247,29 +246,26 @@ class Sampler:
                 (at == begin[:, None])[..., None], model.start.to(x.dtype), x
             )  # (B, L+1, H): [..., start, z0, z1, ...]
             positions = (at - begin[:, None]).clamp(min=0)
-            states = model.backbone(
+            out = model.backbone(
                 inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
-            h = states.last_hidden_state[:, -1]  # (B, H)
-            z_hat = model.exit(states.last_hidden_state[:, :-1])  # (B, L, D)
+            states = out.last_hidden_state  # (B, L+1, H)
         local = None
         if model.local is not None:
             n = longest  # chunks that the next one depends on through the local decoder
             if model.local.memory is None:
                 n = min(longest, -(-len(model.local.layers) * model.local.window // k))
-            g = model.ae.decode(z_hat[:, -n:]).flatten(1, 2)  # (B, n*K, E)
+            g = model.unfold(states[:, -1 - n : -1])[1].flatten(1, 2)  # (B, n*K, E)
             previous = model.previous_embeddings(tokens)[:, -n * k :]
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))
-        return _State(cache, mask, at[-1] - begin + 1, h, local, tokens[:, -1])
+        return _State(cache, mask, at[-1] - begin + 1, states[:, -1], local, tokens[:, -1])
 
     def _write_chunk(self, state: _State, rows: list[Row], params: SamplingParams) -> Tensor:
         """The next K tokens of every row, (B, K)."""
         model, k, device = self.model, self.cfg.k, self.never.device
         if isinstance(getattr(model, "exit", None), EnergyHead):
-            assert state.h is not None
             return torch.stack([self._sharpened(h, row) for h, row in zip(state.h, rows, strict=True)])
-        z_hat = model.table.new_zeros(len(rows), self.cfg.latent_dim) if state.h is None else model.exit(state.h)
-        g = model.ae.decode(z_hat)  # (B, K, E)
+        g = model.unfold(state.h)[1]  # (B, K, E)
         uniform = torch.stack([torch.rand(k, generator=row.generator) for row in rows]).to(device)  # (B, K)
         if model.local is not None and self.cfg.local_decoder == "restart":
             state.local, state.previous = model.local.empty(len(rows), g), torch.full_like(state.previous, self.cfg.pad_id)
@@ -293,7 +289,7 @@ class Sampler:
 
     def _advance(self, state: _State, tokens: Tensor) -> None:
         """Feed the chunk just written, (B, K), to the backbone: one step."""
-        if state.h is None:
+        if self.cfg.latents == "none":
             return
         x = self.model.backbone_input(tokens)[:, None]  # (B, 1, H)
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)

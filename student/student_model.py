@@ -51,6 +51,7 @@ class StudentConfig(BackboneConfig):
     latents: str = "on"
     local_qk_norm: bool = False
     local_memory: bool = False
+    latent_bypass: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +59,8 @@ class StudentConfig(BackboneConfig):
             raise UserError("--head energy needs the latents; leave --latents on")
         if self.latents == "none" and self.local_decoder == "none":
             raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
+        if self.latent_bypass and (self.head == "energy" or self.latents == "none"):
+            raise UserError("--latent_bypass needs --head direct and --latents on; for other controls add --no-latent_bypass")
         if self.local_memory and (self.local_decoder != "window" or self.head != "direct"):
             raise UserError(
                 "--local_memory needs the local decoder's window (--local_decoder window, --head direct); for the controls "
@@ -81,7 +84,8 @@ class Student(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.ae = Autoencoder(cfg.ae)
-        self.local = None
+        self.local: LocalDecoder | None = None
+        self.bypass: nn.Linear | None = None
         if cfg.head == "direct" and cfg.local_decoder != "none":
             memory = cfg.k if cfg.local_memory else 0
             self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory)
@@ -103,6 +107,9 @@ class Student(nn.Module):
             # (docs/log.md): start from the latent at the origin instead.
             nn.init.zeros_(self.exit.weight)
             nn.init.zeros_(self.exit.bias)
+            if cfg.latent_bypass:
+                self.bypass = nn.Linear(cfg.hidden_dim, cfg.k * cfg.embed_dim, bias=False)
+                nn.init.zeros_(self.bypass.weight)
 
     @property
     def table(self) -> Tensor:
@@ -114,7 +121,9 @@ class Student(nn.Module):
         return self.enter_norm(self.enter(self.ae.encode(chunks)[0]))
 
     def backbone_states(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> h (B, L, H); row i has seen the chunks before i."""
+        """(B, T) -> h (B, L, H); row i has seen the chunks before i. With the latent path off there is none: (B, L, 0)."""
+        if self.cfg.latents == "none":
+            return self.table.new_zeros(len(tokens), tokens.shape[1] // self.cfg.k, 0)
         x = (
             self.backbone_input(tokens[:, : -self.cfg.k].unflatten(1, (-1, self.cfg.k)))
             if tokens.shape[1] > self.cfg.k
@@ -125,11 +134,18 @@ class Student(nn.Module):
         mask = causal_mask(self.backbone.config)
         return self.backbone(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def predict_latents(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> predicted latents z_hat (B, L, D), each from the chunks before it; zeros with the latent path off."""
-        if self.cfg.latents == "none":
-            return self.table.new_zeros(len(tokens), tokens.shape[1] // self.cfg.k, self.cfg.latent_dim)
-        return self.exit(self.backbone_states(tokens))
+    def unfold(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbone states (..., H) -> the latents they predict, z_hat (..., D), and what the tokens of those chunks start
+        from, g (..., K, E). With the latent path off z_hat is zero.
+        """
+        z_hat = self.table.new_zeros(*h.shape[:-1], self.cfg.latent_dim) if self.cfg.latents == "none" else self.exit(h)
+        g = self.ae.decode(z_hat)
+        return z_hat, g if self.bypass is None else g + self.bypass(h).unflatten(-1, g.shape[-2:])
+
+    def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) -> z_hat (B, L, D), each from the chunks before it, and g (B, T, E); see `unfold`."""
+        z_hat, g = self.unfold(self.backbone_states(tokens))
+        return z_hat, g.flatten(1, 2)
 
     def previous_embeddings(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, E), row t the embedding of token t-1; before the first token, or chunk, stands a pad."""
@@ -138,16 +154,15 @@ class Student(nn.Module):
             previous[:, :: self.cfg.k] = self.cfg.pad_id
         return self.ae.embed(previous)
 
-    def token_states(self, tokens: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) and predicted latents (B, L, D) -> (g + u, g), each (B, T, E)."""
-        g = self.ae.decode(z_hat).flatten(1, 2)  # (B, T, E)
+    def token_states(self, tokens: Tensor, g: Tensor) -> Tensor:
+        """Tokens (B, T) and g (B, T, E) -> g + u (B, T, E)."""
         if self.local is None:
-            return g, g
+            return g
         previous = self.previous_embeddings(tokens)
         if self.cfg.local_decoder == "restart":  # every chunk is a row of its own
             u = self.local(g.reshape(-1, self.cfg.k, g.shape[-1]), previous.reshape(-1, self.cfg.k, g.shape[-1]))
-            return g + u.view_as(g), g
-        return g + self.local(g, previous), g
+            return g + u.view_as(g)
+        return g + self.local(g, previous)
 
     def hidden(self, tokens: Tensor, latents_of: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, E); row t predicts token t from the tokens before it.
@@ -156,7 +171,7 @@ class Student(nn.Module):
         """
         if self.cfg.head == "energy":
             raise UserError("the energy head has no likelihood; only its samples can be scored")
-        return self.token_states(tokens, self.predict_latents(tokens if latents_of is None else latents_of))[0]
+        return self.token_states(tokens, self.predict(tokens if latents_of is None else latents_of)[1])
 
     def nll(self, tokens: Tensor, first: int = 0, latents_of: Tensor | None = None) -> Tensor:
         """-log p(x_t | x_<t) of tokens `first`..T-1, nats, (B, T - first)."""

@@ -128,6 +128,8 @@ def make_student(**changes: object) -> Student:
             torch.nn.init.normal_(model.local.memory.out.weight, std=2.0)
     if isinstance(getattr(model, "exit", None), torch.nn.Linear):
         torch.nn.init.normal_(model.exit.weight, std=0.3)
+    if model.bypass is not None:
+        torch.nn.init.normal_(model.bypass.weight, std=0.3)
     return model.eval()
 
 

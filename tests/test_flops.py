@@ -35,6 +35,7 @@ STUDENTS: list[dict[str, Any]] = [
     {"local_decoder": "restart"},
     {"local_memory": True},
     {"local_memory": True, "latents": "none", "k": 1, "local_layers": 1},
+    {"latent_bypass": True},
 ]
 KINDS = [
     "ours",
@@ -46,6 +47,7 @@ KINDS = [
     "restarting decoder",
     "memory",
     "memory alone",
+    "bypass",
 ]
 
 

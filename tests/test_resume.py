@@ -85,6 +85,9 @@ def test_muon_has_the_matrices(world: World, tmp_path: Path, capsys: pytest.Capt
     assert table is model.table and adamw.param_groups[-1]["scale"] == 5
     rest = sum(len(group["params"]) for group in adamw.param_groups)
     assert len(its_own) + rest == sum(p.requires_grad for p in model.parameters())
+    all_of_it, _ = optimizers(model, StudentTrainConfig(optimizer="muon_all", table_lr=5.0))
+    ae = {id(p) for p in model.ae.parameters() if p.ndim == 2 and p is not table}
+    assert {id(p) for p in all_of_it.param_groups[0]["params"]} == its_own | ae and ae
     flags = [*world.train_flags(tmp_path), *flags_of("token_model", world)]
     assert run_script(baseline, *flags, "--max_steps", 1) == 0
     assert run_script(baseline, *flags, "--max_steps", 2, "--resume", "--optimizer", "muon") == 2

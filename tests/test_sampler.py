@@ -62,6 +62,7 @@ class Scripted(Sampler):
         {"local_memory": True, "k": 2, "local_qk_norm": True},
         {"local_memory": True, "k": 8},
         {"local_memory": True, "latents": "none"},
+        {"latent_bypass": True},
     ],
 )
 def test_steps_equal_the_full_forward(change: dict[str, Any]) -> None:

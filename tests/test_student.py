@@ -31,10 +31,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"local_memory": True, "k": 8, "local_layers": 1, "local_window": 3},
     {"local_memory": True, "latents": "none", "local_layers": 1},
     {"local_memory": True, "local_qk_norm": True},
+    {"latent_bypass": True},
 ]
 KINDS = [
     *("ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"),
-    *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed"),
+    *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed", "bypass"),
 ]
 
 
@@ -92,17 +93,17 @@ def test_a_restarting_decoder_sees_nothing_of_earlier_chunks_but_their_latents()
     tokens = torch.randint(2, 320, (1, 12))
     other = tokens.clone()
     other[0, :4] = 7
-    z_hat = model.predict_latents(tokens)
-    one, two = (model.token_states(x, z_hat)[0] for x in (tokens, other))
+    g = model.predict(tokens)[1]
+    one, two = (model.token_states(x, g) for x in (tokens, other))
     assert torch.equal(one[:, 4:], two[:, 4:]) and not torch.equal(one[:, 1:4], two[:, 1:4])
 
 
-@pytest.mark.parametrize("memory", [False, True])
-def test_it_starts_as_the_autoencoders_own_decoder(memory: bool) -> None:
-    model = Student(student_config(local_memory=memory)).eval()
+@pytest.mark.parametrize("more", [False, True])
+def test_it_starts_as_the_autoencoders_own_decoder(more: bool) -> None:
+    model = Student(student_config(local_memory=more, latent_bypass=more)).eval()
     tokens = torch.randint(320, (2, 16))
-    states, g = model.token_states(tokens, model.predict_latents(tokens))
-    assert torch.equal(states, g)
+    z_hat, g = model.predict(tokens)
+    assert torch.equal(g, model.ae.decode(z_hat).flatten(1, 2)) and torch.equal(model.token_states(tokens, g), g)
 
 
 def test_it_owns_one_table_of_the_vocabularys_size() -> None:
@@ -124,8 +125,8 @@ def test_losses_against_slow_ones() -> None:
     frozen = make_ae(vocab_size=320, latent_dim=8, embed_dim=16)
     tokens, pads = torch.randint(2, 320, (3, 16)), torch.tensor([0, 3, 1])
     total, parts = student_loss(model, frozen, tokens, pads, ce_w=2.0, mse_w=0.5, base_w=0.25)
-    z_hat = model.predict_latents(tokens)
-    states, g = model.token_states(tokens, z_hat)
+    z_hat, g = model.predict(tokens)
+    states = model.token_states(tokens, g)
     ce, base, mse = [], [], []
     for b in range(3):
         for t in range(int(pads[b]), 16):
@@ -250,6 +251,8 @@ def test_the_energy_head_learns_and_leaves_the_decoder_alone() -> None:
         ({"local_memory": True, "local_decoder": "none"}, "--local_memory needs the local decoder's window"),
         ({"local_memory": True, "local_decoder": "restart"}, "--local_memory needs the local decoder's window"),
         ({"local_memory": True, "head": "energy"}, "--local_memory needs the local decoder's window"),
+        ({"latent_bypass": True, "head": "energy"}, "--latent_bypass needs --head direct and --latents on"),
+        ({"latent_bypass": True, "latents": "none"}, "--latent_bypass needs --head direct and --latents on"),
     ],
 )
 def test_impossible_shapes(change: dict[str, Any], message: str) -> None:
@@ -257,9 +260,19 @@ def test_impossible_shapes(change: dict[str, Any], message: str) -> None:
         student_config(**change)
 
 
-def test_a_checkpoint_from_before_the_memory_has_none() -> None:
+def test_a_checkpoint_from_before_memory_and_bypass_has_none() -> None:
     values = as_dict(student_config())
-    del values["local_memory"]
+    del values["local_memory"], values["latent_bypass"]
     model = Student(config_from(StudentConfig, values, "student.pt"))
     assert model.local is not None and model.local.memory is None
-    assert not [name for name in model.state_dict() if "memory" in name]
+    assert not [name for name in model.state_dict() if "memory" in name or "bypass" in name]
+
+
+def test_the_bypass_tells_each_position_of_a_chunk_something_else() -> None:
+    model = make_student(latent_bypass=True)
+    h = torch.randn(3, 5, 16)
+    z_hat, g = model.unfold(h)
+    assert model.bypass is not None
+    more = g - model.ae.decode(z_hat)  # (3, 5, K, E)
+    expected = torch.stack([h @ model.bypass.weight[j * 16 : (j + 1) * 16].T for j in range(4)], dim=2)
+    assert torch.allclose(more, expected, atol=1e-5) and more.std() > 0.1
