@@ -143,7 +143,7 @@ class StudentTrainConfig(LMTrainConfig):
         "reach two chunks, since the last is not looked up",
     )  # fmt: skip
     latent_bypass: bool = opt(
-        False, "let what the backbone knows reach the tokens of a chunk past the latent, too: one projection a position"
+        False, "let the backbone's state reach the tokens of a chunk past the latent, too: one projection a position"
     )
     local_decoder: str = opt(
         "window",

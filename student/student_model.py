@@ -59,13 +59,10 @@ class StudentConfig(BackboneConfig):
             raise UserError("--head energy needs the latents; leave --latents on")
         if self.latents == "none" and self.local_decoder == "none":
             raise UserError("--latents none with --local_decoder none leaves nothing to predict from; switch one of them on")
-        if self.latent_bypass and (self.head == "energy" or self.latents == "none"):
-            raise UserError("--latent_bypass needs --head direct and --latents on; for other controls add --no-latent_bypass")
-        if self.local_memory and (self.local_decoder != "window" or self.head != "direct"):
-            raise UserError(
-                "--local_memory needs the local decoder's window (--local_decoder window, --head direct); for the controls "
-                "without it add --no-local_memory"
-            )
+        if self.head == "energy" and (self.local_memory or self.latent_bypass):
+            raise UserError("with --head energy only a latent reaches the tokens; add --no-local_memory --no-latent_bypass")
+        if self.local_memory and self.local_decoder != "window":
+            raise UserError(f"--local_decoder {self.local_decoder} has no memory; add --no-local_memory")
 
     @property
     def window(self) -> int:

@@ -32,10 +32,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"local_memory": True, "latents": "none", "local_layers": 1},
     {"local_memory": True, "local_qk_norm": True},
     {"latent_bypass": True},
+    {"latent_bypass": True, "latents": "none"},
 ]
 KINDS = [
     *("ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"),
-    *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed", "bypass"),
+    *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed", "bypass", "neither latents nor bypass"),
 ]
 
 
@@ -248,11 +249,10 @@ def test_the_energy_head_learns_and_leaves_the_decoder_alone() -> None:
         ({"num_layers": 0}, "num_layers: expected at least 1"),
         ({"latents": "none", "local_decoder": "none"}, "nothing to predict from"),
         ({"latents": "none", "head": "energy"}, "needs the latents"),
-        ({"local_memory": True, "local_decoder": "none"}, "--local_memory needs the local decoder's window"),
-        ({"local_memory": True, "local_decoder": "restart"}, "--local_memory needs the local decoder's window"),
-        ({"local_memory": True, "head": "energy"}, "--local_memory needs the local decoder's window"),
-        ({"latent_bypass": True, "head": "energy"}, "--latent_bypass needs --head direct and --latents on"),
-        ({"latent_bypass": True, "latents": "none"}, "--latent_bypass needs --head direct and --latents on"),
+        ({"local_memory": True, "local_decoder": "none"}, "none has no memory; add --no-local_memory"),
+        ({"local_memory": True, "local_decoder": "restart"}, "restart has no memory; add --no-local_memory"),
+        ({"local_memory": True, "head": "energy"}, "add --no-local_memory --no-latent_bypass"),
+        ({"latent_bypass": True, "head": "energy"}, "add --no-local_memory --no-latent_bypass"),
     ],
 )
 def test_impossible_shapes(change: dict[str, Any], message: str) -> None:

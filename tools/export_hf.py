@@ -127,12 +127,12 @@ def model_card(
     if "nats_per_token" in figures:
         measured.insert(1, ("perplexity per token", f"{math.exp(figures['nats_per_token']):.2f}"))
     backbone = f"{cfg.num_layers} layers of width {cfg.hidden_dim} (Qwen3), one position a chunk"
-    local = f"{cfg.local_layers} layers of width {cfg.embed_dim}, window of {cfg.window} tokens"
+    local = f"{cfg.local_layers} layer{'s' * (cfg.local_layers > 1)} of width {cfg.embed_dim}, window of {cfg.window} tokens"
     local += ", memory of all chunks but the last" if cfg.local_memory else ""
     facts = [
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("K, tokens a step", str(cfg.k)),
-        ("latent", f"{cfg.latent_dim} dimensions a chunk"),
+        ("latent", f"{cfg.latent_dim} dimensions a chunk" + ", and a bypass" * cfg.latent_bypass),
         ("backbone", "none" if cfg.latents == "none" else backbone),
         ("local decoder", "none" if model.student.local is None else local),
         ("context", f"{cfg.context:,} tokens"),
