@@ -5,6 +5,7 @@
     backbone in     start      z0        z1                   one position a chunk, causal
     predicted       z^0        z^1       z^2                  each from the chunks before it
     AE decoder    g0 .. g7  g8 .. g15  g16 .. g23             K hidden vectors at once
+    (a bypass       adds to each what the backbone's state says past the latent)
     local decoder   reads g_t and x_(t-1), sees W tokens back, adds u_t
     (its memory     looks up what followed where the text read like this before)
     logits        (g_t + u_t) . embedding
