@@ -132,7 +132,7 @@ def model_card(
     facts = [
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("K, tokens a step", str(cfg.k)),
-        ("latent", f"{cfg.latent_dim} dimensions a chunk" + ", and a bypass" * cfg.latent_bypass),
+        ("latent", f"{cfg.latent_dim} dimensions a chunk" + ", and a bypass" * (model.student.bypass is not None)),
         ("backbone", "none" if cfg.latents == "none" else backbone),
         ("local decoder", "none" if model.student.local is None else local),
         ("context", f"{cfg.context:,} tokens"),
