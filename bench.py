@@ -104,11 +104,12 @@ def make_untrained(args: argparse.Namespace, kind: str, device: torch.device, po
         if kind == "token":
             return TokenModel(BackboneConfig(**base)).eval()
         told = StudentConfig(
-            **base, **own, ae_layers=4, local_layers=2, local_window=64, pad_id=1, local_qk_norm=True, local_memory=True
-        )
+            **base, **own, ae_layers=4, local_layers=1, local_window=64, pad_id=1, local_qk_norm=True, local_memory=True,
+            latent_bypass=True,
+        )  # fmt: skip
         student = Student(told).eval()
     for name, parameter in student.named_parameters():
-        if name in ("exit.weight", "local.exit.weight", "local.memory.out.weight"):  # they start at zero
+        if name in ("exit.weight", "bypass.weight", "local.exit.weight", "local.memory.out.weight"):  # they start at zero
             nn.init.normal_(parameter, std=0.02)
     return student
 

@@ -86,7 +86,7 @@ def make_step(model: str, device: torch.device, scale: Scale | None = None) -> t
     lm = StudentTrainConfig()
     cfg = StudentConfig(
         **scale.backbone, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
-        local_layers=lm.local_layers, local_window=lm.local_window, local_qk_norm=True, local_memory=True,
+        local_layers=1, local_window=lm.local_window, local_qk_norm=True, local_memory=True, latent_bypass=True,
         pad_id=1,
     )  # fmt: skip
     student, frozen = Student(cfg).to(device), Autoencoder(ae).to(device).requires_grad_(False)
