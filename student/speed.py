@@ -89,9 +89,9 @@ def make_step(model: str, device: torch.device, scale: Scale | None = None) -> t
         local_layers=1, local_window=lm.local_window, local_qk_norm=True, local_memory=True, latent_bypass=True,
         pad_id=1,
     )  # fmt: skip
-    student, frozen = Student(cfg).to(device), Autoencoder(ae).to(device).requires_grad_(False)
+    student = Student(cfg).to(device)
     pads = torch.zeros(scale.windows, dtype=torch.long, device=device)
-    loss = lambda: student_loss(student, frozen, tokens, pads, ce_w=1.0, mse_w=lm.mse_w)[0]
+    loss = lambda: student_loss(student, None, tokens, pads, ce_w=1.0)[0]
     return student, loss, tokens.numel()
 
 
