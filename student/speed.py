@@ -46,6 +46,13 @@ class Scale:
     chunks: int  # of the autoencoder's batch
 
 
+def recipe() -> dict[str, Any]:
+    """What the demo's student is made of beside its sizes; the trainer's defaults where its config is silent."""
+    told, default = read_yaml(CONFIGS / "demo_student.yaml"), StudentTrainConfig()
+    names = ("local_layers", "local_window", "local_qk_norm", "local_memory", "latent_bypass")
+    return {name: told.get(name, getattr(default, name)) for name in names}
+
+
 def demo_scale() -> Scale:
     """The shapes and batches of `make demo`."""
     ae, lm = read_yaml(CONFIGS / "demo_ae.yaml"), read_yaml(CONFIGS / "demo_student.yaml")
@@ -83,11 +90,9 @@ def make_step(model: str, device: torch.device, scale: Scale | None = None) -> t
             return weighted_nll(states, token_model.table, tokens[:, 1:].flatten())[0]
 
         return token_model, token_loss, tokens.numel()
-    lm = StudentTrainConfig()
     cfg = StudentConfig(
         **scale.backbone, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
-        local_layers=1, local_window=lm.local_window, local_qk_norm=True, local_memory=True, latent_bypass=True,
-        pad_id=1,
+        pad_id=1, **recipe(),
     )  # fmt: skip
     student = Student(cfg).to(device)
     pads = torch.zeros(scale.windows, dtype=torch.long, device=device)
