@@ -1,7 +1,8 @@
 """Training speed: one row for each thing that is added to a plain fp32 eager loop, so that all see what buys what.
 
 Every row runs in a process of its own, since allocator settings cannot be taken back. A step is what the training loop
-does: loss, backward pass, clipping, AdamW; on random tokens, in the demo's shapes or those of a larger backbone.
+does: loss, backward pass, clipping, AdamW, and last the demo's own optimizer; on random tokens, in the demo's shapes or those
+of a larger backbone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from student.losses import student_loss
 from student.student_model import Student, StudentConfig
 
 MODELS = ("ae", "token_model", "student")
-VARIANTS = ("fp32 eager", "+ allocator", "+ bf16", "+ compile")  # each has those before it
+VARIANTS = ("fp32 eager", "+ allocator", "+ bf16", "+ compile", "+ Muon")  # each has those before it, where they can be had
 CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = 4096
 
@@ -51,6 +52,18 @@ def recipe() -> dict[str, Any]:
     told, default = read_yaml(CONFIGS / "demo_student.yaml"), StudentTrainConfig()
     names = ("local_layers", "local_window", "local_qk_norm", "local_memory", "latent_bypass")
     return {name: told.get(name, getattr(default, name)) for name in names}
+
+
+def has_variant(model: str, variant: int, device: torch.device) -> bool:
+    """Whether the thing that this row adds can be had on this device, and is of use to this model."""
+    available = {"+ bf16": has_fast_bf16(device), "+ compile": wants_compile(None, device), "+ Muon": model != "ae"}
+    return available.get(VARIANTS[variant], True)
+
+
+def train_config(variant: int) -> StudentTrainConfig:
+    """What `optimizers` reads: the defaults, in the last row the demo's."""
+    told = read_yaml(CONFIGS / "demo_student.yaml") if VARIANTS[variant] == "+ Muon" else {}
+    return StudentTrainConfig(**{name: told[name] for name in ("optimizer", "table_lr") if name in told})
 
 
 def demo_scale() -> Scale:
@@ -108,16 +121,18 @@ def measure(model: str, variant: int, device_name: str, repeats: int, scale: Sca
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     device = pick_device(device_name)
     module, loss, tokens = make_step(model, device, scale)
-    compute = torch.compile(loss) if variant >= 3 else loss
-    (optimizer,) = optimizers(module, StudentTrainConfig())
+    bf16, compiled = (variant >= index and has_variant(model, index, device) for index in (2, 3))
+    compute = torch.compile(loss) if compiled else loss
+    every = optimizers(module, train_config(variant))
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=variant >= 2):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             value = compute()
         value.backward()
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in every:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     for _ in range(3):
         step()
@@ -155,13 +170,12 @@ def main(
         print(json.dumps(measure(model, int(number), device, repeats, larger_scale(shape) if shape else None)))
         return
     where = pick_device(device)
-    count = 4 if wants_compile(None, where) else 3
     rows = []
     print(f"{scale:14}{'':14}{'tokens/s':>12}{'(min .. max)':>22}{'s/step':>10}{'ratio':>8}")
     for model in MODELS:
         plain = None
-        for index in range(count):
-            if index == 2 and not has_fast_bf16(where):
+        for index in range(len(VARIANTS)):
+            if not has_variant(model, index, where):
                 continue
             command = [sys.executable, sys.argv[0], "--train", "--variant", f"{model}:{index}", "--device", device]
             command += ["--scale", scale, "--repeats", str(repeats)]
