@@ -41,6 +41,7 @@ from configs.schema import LMTrainConfig, TrainConfig, as_dict
 # Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
 FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard", "dry_run", "grad_accum", "fsdp", "activation_checkpointing"}
+NS_STEPS = 5  # Muon's Newton-Schulz iterations
 
 
 class NoRun(Run):
@@ -104,15 +105,11 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * warm * (min(1.0, (total - step) / fall) if fall > 0 else 1.0)
 
 
-def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices instead, all but tables and, unless it is
-    `muon_all`, the autoencoder's.
-
-    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate.
-    """
+def parameter_groups(model: nn.Module, cfg: TrainConfig) -> dict[str, list[nn.Parameter]]:
+    """What is trained, by its optimizer: `muon`, or AdamW's `matrices`, `vectors` and `tables` (with a rate of their own)."""
     choice, table_lr = (cfg.optimizer, cfg.table_lr) if isinstance(cfg, LMTrainConfig) else ("adamw", 1.0)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    parts: dict[str, list[Tensor]] = {"muon": [], "matrices": [], "vectors": [], "tables": []}
+    parts: dict[str, list[nn.Parameter]] = {"muon": [], "matrices": [], "vectors": [], "tables": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -123,17 +120,27 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
             parts["muon"].append(p)
         else:
             parts["matrices" if p.ndim >= 2 else "vectors"].append(p)
+    return parts
+
+
+def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only; with `optimizer: muon` Muon has the matrices instead, all but tables and, unless it is
+    `muon_all`, the autoencoder's.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), so that both go by one learning rate.
+    """
+    parts = parameter_groups(model, cfg)
     groups: list[dict[str, Any]] = [
         {"params": parts["matrices"], "weight_decay": cfg.weight_decay},
         {"params": parts["vectors"], "weight_decay": 0.0},
     ]
-    if parts["tables"]:  # a higher rate, but no more decay
-        groups.append({"params": parts["tables"], "weight_decay": cfg.weight_decay / table_lr, "scale": table_lr})
+    if isinstance(cfg, LMTrainConfig) and parts["tables"]:  # a higher rate, but no more decay
+        groups.append({"params": parts["tables"], "weight_decay": cfg.weight_decay / cfg.table_lr, "scale": cfg.table_lr})
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    if choice == "adamw":
+    if not isinstance(cfg, LMTrainConfig) or cfg.optimizer == "adamw":
         return [adamw]
-    matrices = parts["muon"]
-    return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
+    muon, decay = parts["muon"], cfg.weight_decay
+    return [torch.optim.Muon(muon, lr=cfg.lr, weight_decay=decay, ns_steps=NS_STEPS, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 class _StopSignal:

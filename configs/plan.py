@@ -8,7 +8,7 @@ made. Not seen: what a kernel takes for itself inside one
 operation, the allocator's rounding, and the process itself (Python and torch on the CPU: 0.5 GB; a CUDA context: about 1).
 
 The time is the counted products at a rate measured here, on plain square products of the training's type. It is a lower
-bound: norms, activations, attention, the optimizer and the reading of data are not in it.
+bound: norms, activations, attention, AdamW and the reading of data are not in it. Muon's products are.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Memory:
     activations: int  # what the forward pass of a microbatch leaves for its backward pass
     rest: int  # temporary buffers at the peak; below 0 where the parts are not all there at once
     peak: int
-    flops: int
+    flops: int  # of a microbatch, forward and backward
+    optimizer_flops: int  # Muon's, once a step
 
 
 def measure(
@@ -124,7 +125,7 @@ def measure(
     optimizers = loop.optimizers(model, cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    counter, live = FlopCounterMode(display=False), LiveBytes()
+    counter, updates, live = FlopCounterMode(display=False), FlopCounterMode(display=False), LiveBytes()
     with live:
         for _ in range(2):
             live.peak, before = live.now, live.now
@@ -135,8 +136,10 @@ def measure(
                 loss.backward()
             gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
             nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+            with updates:
+                for optimizer in optimizers:
+                    optimizer.step()
             for optimizer in optimizers:
-                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             del loss, parts
     states = [x for optimizer in optimizers for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
@@ -144,7 +147,8 @@ def measure(
     peak = live.given + live.peak
     frozen = live.given - sum(p.numel() * p.element_size() for p in trained)
     rest = peak - parameters - frozen - gradients - kept - activations
-    return Memory(parameters, frozen, gradients, kept, activations, rest, peak, counter.get_total_flops())
+    flops = counter.get_total_flops(), updates.get_total_flops()
+    return Memory(parameters, frozen, gradients, kept, activations, rest, peak, *flops)
 
 
 def device_bytes(device: torch.device) -> int:
@@ -209,8 +213,9 @@ def show(
         raise UserError(f"--batch_size {cfg.batch_size}: expected a multiple of --grad_accum {cfg.grad_accum}")
     have, rate = device_bytes(setup.device), matmul_rate(setup.device, setup.bf16)
     one = next(iter(columns.values()))
-    flops = one.flops * cfg.grad_accum
+    flops = one.flops * cfg.grad_accum + one.optimizer_flops
     seconds = flops / rate
+    muon = f", {one.optimizer_flops / flops:.0%} of them Muon's, whatever the batch" if one.optimizer_flops else ""
     weights = one.parameters
     disk = weights + STATES_KEPT * (weights + one.optimizer)
 
@@ -221,7 +226,7 @@ def show(
     for label, size in ((f"of this {setup.device.type}'s {have / 1e9:.0f} GB", have), ("of an 80 GB GPU", GPU_BYTES)):
         print(f"{label:28}" + "".join(f"{memory.peak / size:16.0%}" for memory in columns.values()))
     print(
-        f"a step: {tokens_per_step:,} tokens, {flops / 1e12:.3g} TFLOP of products; measured here, {_kind(setup)}: "
+        f"a step: {tokens_per_step:,} tokens, {flops / 1e12:.3g} TFLOP of products{muon}; measured here, {_kind(setup)}: "
         f"{rate / 1e12:.3g} TFLOP/s\nso at best {seconds:.3g} s a step, {tokens_per_step / seconds:,.0f} tokens/s, "
         f"{total:,} steps ({total * tokens_per_step:,} tokens) in {total * seconds / 3600:,.3g} h; "
         f"{disk / 1e9:.2f} GB on the disk"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ae.ae_model import AEConfig, Autoencoder
+from configs.loop import NS_STEPS, parameter_groups
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student.baseline import BackboneConfig, TokenModel
 from student.energy import MODEL_SAMPLES
@@ -113,7 +114,7 @@ def forward_flops(cfg: BackboneConfig) -> dict[str, float]:
 
 
 def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
-    """FLOPs a training token: three forward passes' worth of what learns, one of what is frozen.
+    """FLOPs a training token, the optimizer's apart: three forward passes' worth of what learns, one of what is frozen.
 
     The mse loss runs the frozen encoder; base loss and soft targets each multiply by the vocabulary once more.
     """
@@ -127,6 +128,14 @@ def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
     products = (train.base_w > 0) + train.use_kd
     frozen = encoder if train.mse_w > 0 and cfg.latents == "on" else 0.0
     return 3 * (sum(parts.values()) + products * parts["vocabulary"]) + frozen
+
+
+def optimizer_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
+    """FLOPs of one step of Muon, whatever its batch: X X^T, its square, and that times X, each iteration. AdamW has none."""
+    with torch.device("meta"):
+        model = Student(cfg) if isinstance(cfg, StudentConfig) else TokenModel(cfg)
+    sides = [sorted(p.shape) for p in parameter_groups(model, train)["muon"]]
+    return float(sum(NS_STEPS * (4 * small**2 * large + 2 * small**3) for small, large in sides))
 
 
 def _ae_flops(cfg: AEConfig, name: str) -> float:

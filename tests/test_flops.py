@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ae.losses import ae_loss
+from configs.loop import optimizers
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student.baseline import BackboneConfig
 from student.flops import (
@@ -20,6 +21,7 @@ from student.flops import (
     forward_flops,
     generation_bytes,
     generation_flops,
+    optimizer_flops,
     training_flops,
 )
 from student.losses import student_energy_loss, student_loss
@@ -118,6 +120,18 @@ def test_a_token_models_training_step() -> None:
     assert counted(lambda: model.nll(tokens).mean().backward()) == pytest.approx(told * 64, rel=0.04)
     more = training_flops(model.cfg, LMTrainConfig(use_kd=True)) - told  # soft targets: the vocabulary once more
     assert more == pytest.approx(3 * 2 * 64 * 320 * 63 / 64)
+
+
+@pytest.mark.parametrize("choice", ["adamw", "muon", "muon_all"])
+def test_the_optimizers_step(choice: str) -> None:
+    """Of the matrices it has: neither the frozen ones nor the table, and the autoencoder's only with muon_all."""
+    train = StudentTrainConfig(optimizer=choice, table_lr=5)
+    for model in (make_student(**SHAPE), make_student(**SHAPE, latents="none"), make_token_model(**SHAPE)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        told = optimizer_flops(model.cfg, train)
+        assert sum(counted(optimizer.step) for optimizer in optimizers(model, train)) == told
+        assert (told > 0) == (choice != "adamw")
 
 
 def test_the_autoencoders_training_step() -> None:

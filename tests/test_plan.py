@@ -22,7 +22,7 @@ from ae.chunks import PackedData, PackedWriter
 from configs import loop, plan
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student import baseline, train_student
-from student.flops import training_flops
+from student.flops import optimizer_flops, training_flops
 from student.losses import student_loss
 from student.student_model import load_student
 
@@ -82,6 +82,10 @@ def test_weights_gradients_and_optimizer_are_the_real_ones(world: World, capsys:
     flops = training_flops(dataclasses.replace(model.cfg, local_window=short), StudentTrainConfig())
     assert told["flops_per_step"] == pytest.approx(flops * tokens.numel(), rel=0.1)
     assert told["tokens_per_s"] * told["seconds_per_step"] == pytest.approx(tokens.numel())
+    with_muon = planned(train_student, capsys, *world.train_flags(), *flags, "--optimizer", "muon_all")
+    more = with_muon["flops_per_step"] - told["flops_per_step"]
+    assert more == with_muon["memory"]["1 process"]["optimizer_flops"] > 0  # once a step
+    assert more == optimizer_flops(model.cfg, StudentTrainConfig(optimizer="muon_all"))
     checkpoint, state = (world.student.with_name(name).stat().st_size for name in ("student.pt", "student.state.pt"))
     assert told["disk_bytes"] == pytest.approx(checkpoint + 2 * state, rel=0.5)  # so small that the headers count
 
@@ -138,7 +142,7 @@ def test_what_several_processes_take() -> None:
     model = make_student()
     layer = sum(4 * p.numel() for p in model.backbone.layers[0].parameters())
     whole = sum(4 * p.numel() for p in model.parameters())
-    one = plan.Memory(whole, 10, whole, 2 * whole, 1000, -500, 4 * whole + 510, 0)
+    one = plan.Memory(whole, 10, whole, 2 * whole, 1000, -500, 4 * whole + 510, 0, 0)
     many, shards = plan.data_parallel(one), plan.sharded(plan.data_parallel(one), model, 4)
     assert (many.rest, many.peak) == (0, 4 * whole + 1010)
     assert (shards.parameters, shards.optimizer) == (whole // 4, 2 * whole // 4)
@@ -163,17 +167,8 @@ def test_the_cards_student_is_planned_without_its_memory(packed: World, tmp_path
         kept = {key: meta[key] for key in ("tokenizer_fingerprint", "tokenizer", "eot_id", "pad_id")}
         writer.close(**kept, vocab_size=151_936)
     command = [sys.executable, "student/train_student.py", "--config", "configs/student_default.yaml", "--data", str(tmp_path)]
-    command += [
-        "--dry_run",
-        "--optimizer",
-        "adamw",
-        "--batch_size",
-        "4",
-        "--ae_ckpt",
-        str(tmp_path / "none.pt"),
-        "--device",
-        "cpu",
-    ]
+    command += ["--dry_run", "--optimizer", "adamw", "--batch_size", "4", "--grad_accum", "1", "--device", "cpu", "--ae_ckpt"]
+    command.append(str(tmp_path / "none.pt"))
     script = f"import resource, subprocess; print(subprocess.run({command!r}, capture_output=True, text=True).stdout)\n"
     script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

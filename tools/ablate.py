@@ -48,7 +48,7 @@ from configs.errors import UserError, run_cli
 from configs.run import load_checkpoint, saved_states
 from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
-from student.flops import ae_training_flops, backbone_steps, training_flops
+from student.flops import ae_training_flops, backbone_steps, optimizer_flops, training_flops
 from student.student_model import StudentConfig
 from tools.grid import TRAINERS, Rows, Run, current, digest, load_grid, lock_of, read_rows, same, write_row
 from tools.plot import read_metrics
@@ -72,19 +72,19 @@ def finish(run: Run, identity: dict[str, Any], rows: Rows) -> dict[str, Any]:
     row |= {"settings": run.variant.settings, "training_tokens": end["tokens"], "train_seconds": round(seconds, 1)}
     if run.variant.model == "ae":
         row |= {key: end[key] for key in ("chunk_exact", "token_exact")}
-        per_token = ae_training_flops(config_from(AEConfig, content["config"], run.title))
+        flops = end["tokens"] * ae_training_flops(config_from(AEConfig, content["config"], run.title))
     else:
         shape, settings = (StudentConfig if run.variant.model == "student" else BackboneConfig), content["train_config"]
         cfg: BackboneConfig = config_from(shape, content["config"], run.title)
         train = config_from(TRAINERS[run.variant.model][1], settings, run.title)
         assert isinstance(train, LMTrainConfig)
-        per_token = training_flops(cfg, train)
+        flops = end["tokens"] * training_flops(cfg, train) + end["step"] * optimizer_flops(cfg, train)
         measured = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))[run.variant.model]
         curve.append([end["tokens"], round(seconds, 1), end.get("nats_per_token")])
         row |= {**measured, "k": cfg.k, "backbone_steps_per_token": backbone_steps(cfg)}
         row |= {"curve": [point for point in curve if point[2] is not None], "evaluation": run.grid.evaluation}
     needed = [rows[needed.variant.name, needed.seed] for needed in run.needs.values()]
-    row["train_flops"] = per_token * end["tokens"]
+    row["train_flops"] = flops
     row["inherited_flops"] = sum(r["train_flops"] + r["inherited_flops"] for r in needed)  # of checkpoints it began with
     row["environment"] = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     row["threads"] = row["environment"]["threads"]  # the training's; it may be evaluated on others
