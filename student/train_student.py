@@ -84,7 +84,9 @@ def main() -> None:
     if cfg.init_from and not cfg.dry_run:
         setup.run.log("student: " + copy_backbone(model, cfg.init_from))
     plan.place(model, setup.device)
-    plan.place(frozen, setup.device).requires_grad_(False)
+    frozen.requires_grad_(False)
+    if cfg.mse_w or cfg.head == "energy":  # else nothing reads it any more
+        plan.place(frozen, setup.device)
     setup.run.log(f"student: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps, k {ae.k}")
     if cfg.head == "energy":
         setup.run.log("student: the energy head trains by the energy score alone; ce_w, mse_w, base_w and kd_w are not used")
