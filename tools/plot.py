@@ -78,7 +78,7 @@ def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str |
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
-    axes[-1].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
 
@@ -96,14 +96,15 @@ def frontier(points: dict[str, tuple[float, float]], path: str | Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xlabel("runs of the backbone for one token")
     axis.set_ylabel("validation bits per byte")
-    axis.margins(x=0.3)
+    axis.margins(x=0.2)
+    axis.set_xlim(right=3 * max(steps for steps, _ in points.values()))  # room for the last names
     axis.grid(alpha=0.3)
     _save(figure, path)
 
 
 def _save(figure: Any, path: str | Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # labels that stand out of the axes count
     plt.close(figure)
 
 
