@@ -262,7 +262,7 @@ def test_what_clients_are_told(tokenizer: TokenizerAdapter, monkeypatch: pytest.
         async with httpx.AsyncClient(base_url=url, timeout=20) as client:
             running = asyncio.ensure_future(client.post("/generate", json=body))
             streamed = asyncio.ensure_future(client.post("/generate", json={**body, "stream": True}))
-            while it.batcher.running + it.batcher.waiting < 2:
+            while (it.batcher.running, it.batcher.waiting) != (1, 1):  # a row whose prompt is being read is neither
                 await asyncio.sleep(0.01)
             busy = await client.post("/generate", json=body)
             assert (busy.status_code, busy.json()["error"]["code"]) == (429, "queue_full")
