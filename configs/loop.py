@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
+from configs.muon import Float32Muon
 from configs.parallel import Losses, Replicas, World, join, read_about, whole_saves, world
 from configs.run import (
     Run,
@@ -139,8 +140,10 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if not isinstance(cfg, LMTrainConfig) or cfg.optimizer == "adamw":
         return [adamw]
-    muon, decay = parts["muon"], cfg.weight_decay
-    return [torch.optim.Muon(muon, lr=cfg.lr, weight_decay=decay, ns_steps=NS_STEPS, adjust_lr_fn="match_rms_adamw"), adamw]
+    muon, options = parts["muon"], {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "ns_steps": NS_STEPS}
+    if not has_fast_bf16(muon[0].device):
+        return [Float32Muon(muon, **options), adamw]
+    return [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **options), adamw]
 
 
 class _StopSignal:

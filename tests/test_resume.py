@@ -108,7 +108,7 @@ def test_every_group_of_every_optimizer_follows_the_schedule(
     monkeypatch.setattr(loop, "optimizers", kept)
     flags = [*world.train_flags(tmp_path), *flags_of("token_model", world), "--optimizer", "muon", "--lr", 0.01]
     assert run_script(baseline, *flags, "--max_steps", 3, "--warmup_steps", 0, "--lr_decay", 1.0) == 0
-    assert [type(x).__name__ for x in made] == ["Muon", "AdamW"]
+    assert len(made) == 2 and isinstance(made[0], torch.optim.Muon) and isinstance(made[1], torch.optim.AdamW)
     rates = [group["lr"] for optimizer in made for group in optimizer.param_groups]
     assert len(rates) == 3 and rates == pytest.approx([0.01 / 3] * 3)
 

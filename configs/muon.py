@@ -1,0 +1,62 @@
+"""Muon for processors without bfloat16 products of their own.
+
+torch's Muon orthogonalises its steps in bfloat16. A processor that has to emulate such products does one step of the demo's
+student in 10 s instead of 0.7 s (docs/log.md); float32 is what it is fast at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """x (m, n) = U S V^T -> about U V^T, by Newton-Schulz iterations s -> a s + b s^3 + c s^5 of its singular values.
+
+    Source: https://kellerjordan.github.io/posts/muon/. The products are of x's own type.
+    """
+    a, b, c = coefficients
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / wide.norm().clamp(min=eps)  # no singular value is above 1
+    gram = wide @ wide.T
+    if 3 * wide.shape[0] > wide.shape[1]:
+        for i in range(steps):
+            gram = gram if i == 0 else wide @ wide.T
+            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    else:  # fewer operations: what multiplies x is a polynomial of its Gram matrix, and so is the next Gram matrix
+        one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+        factor = one
+        for _ in range(steps):
+            q = a * one + b * gram + c * (gram @ gram)
+            factor, gram = q @ factor, q @ gram @ q
+        wide = factor @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's Muon, its options and its state, with products in float32. Steps are scaled to AdamW's (arXiv 2502.16982)."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not (state := self.state[p]):
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(mean, momentum) if group["nesterov"] else mean
+                update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+        return loss
