@@ -91,10 +91,11 @@ def _student_branches(model: Student, tokens: Tensor, starts: Tensor) -> Callabl
                 )
         hidden = g[row, at]
         if model.local is not None and cache is not None:
-            before = rows[row, at - 1]
+            back = torch.arange(1, model.cfg.local_tokens + 1, device=at.device)  # (n,)
+            known = back <= (at % k if restarts else at)[:, None]  # (R, n)
+            before = rows[row[:, None], (at[:, None] - back).clamp(min=0)].where(known, model.cfg.pad_id)
             if restarts:
-                cache.seen = cache.seen & (at % k > 0)[:, None]
-                before = before.where(at % k > 0, model.cfg.pad_id)
+                cache.seen = cache.seen & known[:, :1]
             if model.local.memory is not None and cache.memory is not None:
                 cache.memory.own = model.local.memory.visible(length, at.device)[at]
             hidden = hidden + model.local.step(hidden, model.ae.embed(before), cache)

@@ -125,24 +125,27 @@ class LatentStep(nn.Module):
 
 
 class TokenStep(nn.Module):
-    """The token before -> the next token of a chunk.
+    """The n tokens before -> the next token of a chunk.
 
-    What the local decoder's first projection makes of the token before depends on that token alone, so it is a table.
+    What the local decoder's first projection makes of a token before depends on that token and its distance alone, so it is
+    a table.
     """
 
     cos: Tensor  # (K, d/2)
     sin: Tensor
+    back: Tensor  # (n,), 0..n-1
     outside: Tensor  # (K, W + K), -inf where token j of a chunk does not look
 
     def __init__(self, model: Student, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.vocabulary, self.local, local = vocabulary, model.local, model.local
         if local is not None:
-            enter = local.enter.weight[:, model.cfg.embed_dim :].detach()
+            enter = local.enter.weight[:, model.cfg.embed_dim :].detach().unflatten(1, (local.tokens, -1))  # (E, n, E)
             ids = torch.arange(len(model.table), device=model.table.device).split(8192)
             with torch.no_grad():
-                made = [F.linear(local.norm_token(model.ae.embed(part)), enter) for part in ids]
-            self.token = nn.Parameter(torch.cat(made), requires_grad=False)  # (V, E)
+                made = [torch.einsum("ve,fne->nvf", local.norm_token(model.ae.embed(part)), enter) for part in ids]
+            self.token = nn.Parameter(torch.cat(made, dim=1), requires_grad=False)  # (n, V, E)
+            self.register_buffer("back", torch.arange(local.tokens, device=enter.device))
             step, entry = torch.arange(model.cfg.k), torch.arange(local.window + model.cfg.k)
             seen = (entry > step[:, None]) & (entry <= step[:, None] + local.window)
             outside = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
@@ -153,12 +156,14 @@ class TokenStep(nn.Module):
         self, g: Tensor, entered: Tensor, previous: Tensor, j: Tensor, window: Window | None, entries: Entries | None,
         draws: Draws, uniform: Tensor, filters: tuple[bool, bool],
     ) -> Tensor:  # fmt: skip
-        """g, entered (B, E), previous (B,), j (1,) in 0..K-1, uniform (B,) -> ids (B,); what is kept of token j is written.
+        """g, entered (B, E), previous (B, n), the last one first, j (1,) in 0..K-1, uniform (B,) -> ids (B,); what is kept of
+        token j is written.
 
         j is a tensor, so that one compiled step serves all K tokens.
         """
         if self.local is not None and window is not None:
-            g = g + self._local(self.local, entered + self.token[previous], j, window, entries)
+            x = entered + self.token[self.back, previous].sum(1)  # (B, E)
+            g = g + self._local(self.local, x, j, window, entries)
         return draw(self.vocabulary(g), draws.temperature, draws.top_p, draws.top_k, uniform, filters)
 
     def _local(self, local: LocalDecoder, x: Tensor, j: Tensor, window: Window, entries: Entries | None) -> Tensor:
@@ -254,11 +259,12 @@ class FastSampler(Sampler):
         self.cache = self.latent_step.backbone.new_cache(slots)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
         self.chunk = torch.full((slots, cfg.k), cfg.pad_id, dtype=torch.long, device=device)
+        self.recent = model.recent(self.chunk)  # (slots, n): the tokens before the next chunk, the last one first
         self.draws, self.uniform = Draws.empty(slots, device), torch.zeros(slots, cfg.k, device=device)
         self.each = torch.arange(cfg.k, device=device).split(1)
         self.window: Window | None = None
         self.entries: Entries | None = None
-        state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk]
+        state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk, self.recent]
         if (local := model.local) is not None:
             heads, entries = local.layers[0].heads, local.window + cfg.k
             shape = (slots, heads, entries, cfg.embed_dim // heads)
@@ -337,12 +343,15 @@ class FastSampler(Sampler):
 
     def _write_chunk_of_all(self, filters: tuple[bool, bool]) -> Tensor:
         g, entered = self._latent(self.chunk, self.cache, self.length, self.window, self.entries, None)
-        token, tokens = self.chunk[:, -1].contiguous(), []
+        recent, tokens = self.recent.clone(), []
         for i, j in enumerate(self.each):
             uniform = self.uniform[:, i]
-            token = self._token(g[:, i], entered[:, i], token, j, self.window, self.entries, self.draws, uniform, filters)
-            tokens.append(token)
+            tokens.append(
+                self._token(g[:, i], entered[:, i], recent, j, self.window, self.entries, self.draws, uniform, filters)
+            )
+            recent = torch.cat([tokens[-1][:, None], recent[:, :-1]], dim=1)
         self.chunk.copy_(torch.stack(tokens, dim=1))
+        self.recent.copy_(recent)
         self.length.add_(1).clamp_(max=self.positions - 1)  # an empty slot stays at the end
         return self.chunk
 
@@ -391,6 +400,8 @@ class FastSampler(Sampler):
         self.length[slots] = chunks
         each = torch.arange(len(prompts), device=device)
         self.chunk[slots] = tokens[each, chunks - 1]
+        tail = chunks[:, None] * k - 1 - torch.arange(self.cfg.local_tokens, device=device)  # (n, tokens of `recent`)
+        self.recent[slots] = tokens.flatten(1)[each[:, None], tail.clamp(min=0)].where(tail >= 0, self.cfg.pad_id)
         if model.local is None or self.window is None:
             return
         # Only the chunks that the next one still depends on, aligned at their ends: all of them where there is a memory.
@@ -400,9 +411,9 @@ class FastSampler(Sampler):
         at = chunks[:, None] - need + torch.arange(need, device=device)  # (n, need)
         rows, first = each[:, None], (-at[:, 0]).clamp(min=0) * k  # (n,): where a row begins
         g = model.unfold(h[rows, at.clamp(min=0)])[1].flatten(1, 2)  # (n, need * K, E)
-        recent = torch.where((at < 0)[..., None], self.cfg.pad_id, tokens[rows, at.clamp(min=0)]).flatten(1)
-        before = torch.where(at[:, 0] > 0, tokens[each, (at[:, 0] - 1).clamp(min=0), -1], self.cfg.pad_id)
-        previous = model.ae.embed(torch.cat([before[:, None], recent[:, :-1]], dim=1))
+        place = at[:, :1] * k + torch.arange(-self.cfg.local_tokens, need * k - 1, device=device)
+        known = tokens.flatten(1)[rows, place.clamp(min=0)].where(place >= 0, self.cfg.pad_id)
+        previous = model.ae.embed(known.unfold(1, self.cfg.local_tokens, 1).flip(-1))  # (n, need * K, tokens before, E)
         made = model.local.prefill(g, previous, first)
         if self.entries is not None and made.memory is not None:
             self.entries.put(slots, made.memory, first)

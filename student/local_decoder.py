@@ -207,18 +207,19 @@ class Memory(nn.Module):
 
 
 class LocalDecoder(nn.Module):
-    """g_t and the embedding of token t-1 -> u_t, which is added to g_t before the vocabulary product.
+    """g_t and the embeddings of the n tokens before t -> u_t, which is added to g_t before the vocabulary product.
 
-    memory: tokens a chunk, where there is to be a memory of earlier chunks; the first token then begins a chunk. The last
-    projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
+    tokens: n. What stands right before a token is thus known to the first layer without attention, whose keys and values are
+    those of n-grams. memory: tokens a chunk, where there is to be a memory of earlier chunks; the first token then begins a
+    chunk. The last projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
     """
 
-    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False, memory: int = 0) -> None:
+    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False, memory: int = 0, tokens: int = 1) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.tokens = window, tokens
         self.memory = Memory(dim, memory) if memory else None
         self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
-        self.enter = nn.Linear(2 * dim, dim, bias=False)
+        self.enter = nn.Linear((1 + tokens) * dim, dim, bias=False)
         self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window, qk_norm) for _ in range(layers))  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.exit = nn.Linear(dim, dim, bias=False)
@@ -227,35 +228,37 @@ class LocalDecoder(nn.Module):
     @property
     def reach(self) -> int:
         """How many tokens back the windows reach, through all layers; a memory has no such limit."""
-        return len(self.layers) * (self.window - 1) + 1
+        return len(self.layers) * (self.window - 1) + self.tokens
 
     def _enter(self, g: Tensor, previous: Tensor) -> Tensor:
-        return self.enter(torch.cat([self.norm_g(g), self.norm_token(previous)], dim=-1))
+        return self.enter(torch.cat([self.norm_g(g), self.norm_token(previous).flatten(-2)], dim=-1))
 
     def forward(self, g: Tensor, previous: Tensor, first: Tensor | None = None) -> Tensor:
-        """g (B, T, E), previous (B, T, E) embeddings of the tokens one earlier -> u (B, T, E).
+        """g (B, T, E), previous (B, T, n, E) embeddings of the n tokens before each, the last one first -> u (B, T, E).
 
         first: (B,), the position at which each row begins (earlier ones are hidden and their u is meaningless).
         """
         return self._run(g, previous, first)[0]
 
     def prefill(self, g: Tensor, previous: Tensor, first: Tensor) -> LocalCache:
-        """Run over known tokens, (B, T, E), and keep what the next W positions need."""
+        """Run over known tokens, as `forward`, and keep what the next W positions need."""
         return self._run(g, previous, first, last=max(1, len(self.layers) - 1) * self.window)[1]
 
     def empty(self, batch: int, like: Tensor) -> LocalCache:
         """The cache of `batch` rows that have seen nothing, of `like`'s dtype and device."""
         zeros = like.new_zeros(batch, 1, self.exit.in_features)
-        return self.prefill(zeros, zeros, torch.ones(batch, dtype=torch.long, device=like.device))  # one hidden position
+        return self.prefill(
+            zeros, zeros[:, :, None].expand(-1, -1, self.tokens, -1), torch.ones(batch, dtype=torch.long, device=like.device)
+        )  # one hidden position
 
     def branches(self, g: Tensor, previous: Tensor, starts: Tensor, restarts: int = 0) -> LocalCache:
-        """The caches of texts that go on from some positions of whole chunks g, previous (B, T, E): starts (n,) -> B * n rows.
+        """The caches of texts that go on from some positions of whole chunks g, previous: starts (n,) -> B * n rows.
 
         Those of one text stand together and share its entries in the memory, of which a row that goes on into the next
         chunk is to be shown more. restarts: tokens a chunk, for a decoder that begins anew in each.
         """
-        size = (-1, restarts or g.shape[1], g.shape[2])
-        _, cache, made = self._run(g.reshape(size), previous.reshape(size), None)
+        length = restarts or g.shape[1]
+        _, cache, made = self._run(*(x.flatten(0, 1).unflatten(0, (-1, length)) for x in (g, previous)), None)
         near = starts[:, None] + torch.arange(-self.window, 0, device=g.device)  # (n, W)
 
         def at_starts(x: Tensor) -> Tensor:  # (rows, A, T of a row, d), not rotated -> (B * n, A, W, d)
@@ -291,7 +294,7 @@ class LocalDecoder(nn.Module):
             values.append(self._last(v, 2))
             if self.memory is not None and memory is None:
                 cut = 0 if last is None else max(0, len(positions) - last)
-                x, memory = self._look_up(self.memory, x, previous, first, cut)
+                x, memory = self._look_up(self.memory, x, previous[:, :, 0], first, cut)
                 positions, first = positions[cut:], None if first is None else (first - cut).clamp(min=0)
         seen = self._last(positions >= begins[:, None], 1)
         return self.exit(self.norm(x)), LocalCache(keys, values, seen, g.shape[1], memory), made
@@ -319,7 +322,7 @@ class LocalDecoder(nn.Module):
         return x.narrow(dim, x.shape[dim] - self.window, self.window)
 
     def step(self, g: Tensor, previous: Tensor, cache: LocalCache) -> Tensor:
-        """One position, (B, E) each, -> u (B, E); the cache moves on by one."""
+        """One position, g (B, E), previous (B, n, E) -> u (B, E); the cache moves on by one."""
         x = self._enter(g, previous)[:, None]  # (B, 1, E)
         position = torch.tensor([cache.position], device=x.device)
         cache.seen = torch.cat([cache.seen[:, 1:], cache.seen.new_ones(len(x), 1)], dim=1)
@@ -330,7 +333,7 @@ class LocalDecoder(nn.Module):
             attended = F.scaled_dot_product_attention(q, cache.keys[i], cache.values[i], attn_mask=cache.seen[:, None, None])
             x = layer.finish(x, attended)
             if i == 0 and self.memory is not None and cache.memory is not None:
-                x = self._look_up_one(self.memory, x, previous, cache.memory)
+                x = self._look_up_one(self.memory, x, previous[:, 0], cache.memory)
         cache.position += 1
         return self.exit(self.norm(x))[:, 0]
 

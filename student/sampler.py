@@ -129,14 +129,14 @@ class Row:
 
 @dataclass
 class _State:
-    """A batch between two latent steps: caches, what predicts the next chunk, and the token before it."""
+    """A batch between two latent steps: caches, what predicts the next chunk, and the tokens before it, the last one first."""
 
     cache: DynamicCache
     mask: Tensor  # (B, positions so far): which cache positions are a row's own
     position: Tensor  # (B,): the backbone position of the next input
     h: Tensor  # (B, H); with the latent path off (B, 0)
     local: LocalCache | None
-    previous: Tensor  # (B,)
+    previous: Tensor  # (B, n)
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows, (n,) indices."""
@@ -258,7 +258,7 @@ class Sampler:
             g = model.unfold(states[:, -1 - n : -1])[1].flatten(1, 2)  # (B, n*K, E)
             previous = model.previous_embeddings(tokens)[:, -n * k :]
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))
-        return _State(cache, mask, at[-1] - begin + 1, states[:, -1], local, tokens[:, -1])
+        return _State(cache, mask, at[-1] - begin + 1, states[:, -1], local, model.recent(tokens))
 
     def _write_chunk(self, state: _State, rows: list[Row], params: SamplingParams) -> Tensor:
         """The next K tokens of every row, (B, K)."""
@@ -275,8 +275,8 @@ class Sampler:
             if model.local is not None and state.local is not None:
                 hidden = hidden + model.local.step(hidden, model.ae.embed(state.previous), state.local)
             logits = model.ae.logits(hidden).masked_fill(self.never, -torch.inf)
-            state.previous = pick(logits, params, uniform[:, j])
-            tokens.append(state.previous)
+            tokens.append(pick(logits, params, uniform[:, j]))
+            state.previous = torch.cat([tokens[-1][:, None], state.previous[:, :-1]], dim=1)
         return torch.stack(tokens, dim=1)
 
     def _sharpened(self, h: Tensor, row: Row) -> Tensor:

@@ -50,7 +50,7 @@ class Scale:
 def recipe() -> dict[str, Any]:
     """What the demo's student is made of beside its sizes; the trainer's defaults where its config is silent."""
     told, default = read_yaml(CONFIGS / "demo_student.yaml"), StudentTrainConfig()
-    names = ("local_layers", "local_window", "local_qk_norm", "local_memory", "latent_bypass")
+    names = ("local_layers", "local_window", "local_qk_norm", "local_memory", "latent_bypass", "local_tokens")
     return {name: told.get(name, getattr(default, name)) for name in names}
 
 

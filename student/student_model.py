@@ -53,6 +53,7 @@ class StudentConfig(BackboneConfig):
     local_qk_norm: bool = False
     local_memory: bool = False
     latent_bypass: bool = False
+    local_tokens: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +87,7 @@ class Student(nn.Module):
         self.bypass: nn.Linear | None = None
         if cfg.head == "direct" and cfg.local_decoder != "none":
             memory = cfg.k if cfg.local_memory else 0
-            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory)
+            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory, cfg.local_tokens)
         if cfg.latents == "none":
             self.ae.encoder.requires_grad_(False)  # nothing reads it
             return
@@ -146,11 +147,18 @@ class Student(nn.Module):
         return z_hat, g.flatten(1, 2)
 
     def previous_embeddings(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, E), row t the embedding of token t-1; before the first token, or chunk, stands a pad."""
-        previous = nn.functional.pad(tokens[:, :-1], (1, 0), value=self.cfg.pad_id)
+        """(B, T) -> (B, T, n, E), entry i of row t the embedding of token t-1-i; before the first, or the chunk, stand pads."""
+        n, pad = self.cfg.local_tokens, self.cfg.pad_id
+        previous = nn.functional.pad(tokens[:, :-1], (n, 0), value=pad).unfold(1, n, 1).flip(-1)  # (B, T, n)
         if self.cfg.local_decoder == "restart":
-            previous[:, :: self.cfg.k] = self.cfg.pad_id
+            inside = torch.arange(tokens.shape[1], device=tokens.device) % self.cfg.k  # tokens of the chunk before each
+            previous = previous.masked_fill(torch.arange(n, device=tokens.device) >= inside[:, None], pad)
         return self.ae.embed(previous)
+
+    def recent(self, tokens: Tensor) -> Tensor:
+        """The last n of tokens (B, T), the very last first, pads where there are fewer: (B, n)."""
+        n = self.cfg.local_tokens
+        return nn.functional.pad(tokens, (n, 0), value=self.cfg.pad_id)[:, -n:].flip(1)
 
     def token_states(self, tokens: Tensor, g: Tensor) -> Tensor:
         """Tokens (B, T) and g (B, T, E) -> g + u (B, T, E)."""
@@ -158,7 +166,7 @@ class Student(nn.Module):
             return g
         previous = self.previous_embeddings(tokens)
         if self.cfg.local_decoder == "restart":  # every chunk is a row of its own
-            u = self.local(g.reshape(-1, self.cfg.k, g.shape[-1]), previous.reshape(-1, self.cfg.k, g.shape[-1]))
+            u = self.local(*(x.flatten(0, 1).unflatten(0, (-1, self.cfg.k)) for x in (g, previous)))
             return g + u.view_as(g)
         return g + self.local(g, previous)
 

@@ -38,6 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("student", {"k": 4, "local_decoder": "restart"}),
     ("student", {"k": 4, "local_memory": True}),
     ("student", {"k": 4, "latent_bypass": True}),
+    ("student", {"k": 4, "local_tokens": 3, "local_memory": True}),
+    ("student", {"k": 4, "local_tokens": 3, "local_decoder": "restart"}),
     ("student", {"k": 2, "local_memory": True}),
     ("student", {"k": 1, "local_memory": True, "local_window": 2}),
     ("student", {"k": 4, "local_memory": True, "latents": "none"}),

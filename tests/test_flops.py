@@ -38,6 +38,7 @@ STUDENTS: list[dict[str, Any]] = [
     {"local_memory": True},
     {"local_memory": True, "latents": "none", "k": 1, "local_layers": 1},
     {"latent_bypass": True},
+    {"local_tokens": 4},
 ]
 KINDS = [
     "ours",
@@ -50,6 +51,7 @@ KINDS = [
     "memory",
     "memory alone",
     "bypass",
+    "four tokens",
 ]
 
 

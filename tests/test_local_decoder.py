@@ -13,16 +13,21 @@ from student import local_decoder
 from student.local_decoder import LocalCache, LocalDecoder, Memory, fused, lag, windowed_attention, written_out
 
 
-def decoder(window: int, layers: int = 2, memory: int = 0, dim: int = 16) -> LocalDecoder:
-    model = LocalDecoder(dim, layers, window, memory=memory)
+def decoder(window: int, layers: int = 2, memory: int = 0, dim: int = 16, tokens: int = 1) -> LocalDecoder:
+    model = LocalDecoder(dim, layers, window, memory=memory, tokens=tokens)
     torch.nn.init.normal_(model.exit.weight, std=0.5)
     if model.memory is not None:
         torch.nn.init.normal_(model.memory.out.weight, std=0.5)
     return model.eval()
 
 
+def inputs(rows: int, length: int, dim: int = 16, tokens: int = 1) -> tuple[Tensor, Tensor]:
+    """g (B, T, E) and the embeddings of the n tokens before, (B, T, n, E), each independent of all others."""
+    return torch.randn(rows, length, dim), torch.randn(rows, length, tokens, dim)
+
+
 def written(model: LocalDecoder, g: Tensor, previous: Tensor, cache: LocalCache, start: int) -> Tensor:
-    """What steps from `start` to the end of g, previous (B, T, E) give, (B, T - start, E)."""
+    """What steps from `start` to the end of g, previous give, (B, T - start, E)."""
     return torch.stack([model.step(g[:, t], previous[:, t], cache) for t in range(start, g.shape[1])], dim=1)
 
 
@@ -72,7 +77,7 @@ def test_positions_before_a_row_begins_are_hidden(attend: None) -> None:
 @pytest.mark.parametrize("known", [1, 3, 5, 12])
 def test_steps_equal_the_parallel_pass(known: int) -> None:
     model = decoder(5)
-    g, previous = torch.randn(2, 3, 20, 16)
+    g, previous = inputs(3, 20)
     whole = model(g, previous)
     cache = model.prefill(g[:, :known], previous[:, :known], torch.zeros(3, dtype=torch.long))
     for t in range(known, 20):
@@ -81,31 +86,35 @@ def test_steps_equal_the_parallel_pass(known: int) -> None:
 
 def test_prefill_needs_no_more_than_layers_times_window_tokens() -> None:
     model = decoder(5)
-    g, previous = torch.randn(2, 1, 30, 16)
+    g, previous = inputs(1, 30)
     zero = torch.zeros(1, dtype=torch.long)
     whole, tail = model.prefill(g, previous, zero), model.prefill(g[:, -10:], previous[:, -10:], zero)
     one, two = (model.step(g[:, 0], previous[:, 0], cache) for cache in (whole, tail))
     assert torch.allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "layers"), [(1, 1), (3, 1), (3, 2), (4, 3)])
-def test_reach(window: int, layers: int) -> None:
-    """The last position sees `reach` inputs, its own included, and not one more."""
-    model = decoder(window, layers)
-    g, previous = torch.randn(2, 1, 20, 16)
+@pytest.mark.parametrize(("window", "layers", "tokens"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (4, 3, 1), (1, 1, 3), (3, 2, 4)])
+def test_reach(window: int, layers: int, tokens: int) -> None:
+    """The last position sees the `reach` tokens before its own, and not one more."""
+    model = decoder(window, layers, tokens=tokens)
+    g, known = torch.randn(1, 20, 16), torch.randn(1, 19 + tokens, 16)  # token i of `known` stands before position i - n + 1
+
+    def last(known: Tensor) -> Tensor:
+        return model(g, known.unfold(1, tokens, 1).transpose(2, 3).flip(2))[0, -1]
+
     changes = []
-    for t in range(20):
-        other = previous.clone()
+    for t in range(known.shape[1]):
+        other = known.clone()
         other[0, t] += 1
-        changes.append((model(g, other) - model(g, previous))[0, -1].abs().max().item() > 1e-6)
-    assert changes == [t >= 20 - model.reach for t in range(20)]
+        changes.append((last(other) - last(known)).abs().max().item() > 1e-6)
+    assert changes == [t >= known.shape[1] - model.reach for t in range(known.shape[1])]
 
 
 def test_it_starts_as_nothing() -> None:
     model = LocalDecoder(16, 2, 4)
-    assert (model(*torch.randn(2, 1, 8, 16)) == 0).all()
+    assert (model(*inputs(1, 8)) == 0).all()
     with_memory = LocalDecoder(16, 2, 4, memory=2)
-    assert (with_memory(*torch.randn(2, 1, 8, 16)) == 0).all()
+    assert (with_memory(*inputs(1, 8)) == 0).all()
     assert with_memory.memory is not None and not with_memory.memory.out.weight.any()
 
 
@@ -139,7 +148,7 @@ def test_a_token_sees_all_chunks_but_the_last(k: int) -> None:
     """Far beyond its window; of the chunks before its own those that three tokens reach back into are left out."""
     model = decoder(1, 1, memory=k)  # with a window of 1, only the memory sees any other token
     length = (lag(k) + 3) * k
-    g, previous = torch.randn(2, 1, length, 16)
+    g, previous = inputs(1, length)
     for token in range(length - 1):
         other = previous.clone()
         other[0, token + 1] += 1
@@ -149,7 +158,7 @@ def test_a_token_sees_all_chunks_but_the_last(k: int) -> None:
 
 
 def test_without_a_memory_nothing_lies_beyond_the_reach() -> None:
-    g, previous = torch.randn(2, 1, 40, 16)
+    g, previous = inputs(1, 40)
     other = previous.clone()
     other[0, :8] += 1
     for memory in (0, 4):
@@ -177,7 +186,7 @@ def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> 
     model = decoder(5, memory=k, dim=128)
     assert model.memory is not None
     weights = list(model.memory.parameters())
-    g, previous = torch.randn(2, 3, 6 * k, 128)
+    g, previous = inputs(3, 6 * k, 128)
     kernel = Mock(wraps=F.scaled_dot_product_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
     out = []
@@ -197,7 +206,7 @@ def test_both_ways_to_look_up_agree(k: int, monkeypatch: pytest.MonkeyPatch) -> 
 @torch.no_grad()
 def test_steps_with_a_memory_equal_the_parallel_pass(k: int) -> None:
     model = decoder(5, layers=3, memory=k)
-    g, previous = torch.randn(2, 3, 7 * k, 16)
+    g, previous = inputs(3, 7 * k)
     whole = model(g, previous)
     for known in (k, 2 * k, 5 * k):
         cache = model.prefill(g[:, :known], previous[:, :known], torch.zeros(3, dtype=torch.long))
@@ -209,7 +218,7 @@ def test_steps_with_a_memory_equal_the_parallel_pass(k: int) -> None:
 def test_rows_of_a_batch_are_as_alone(k: int) -> None:
     """Rows that begin later, in the parallel pass and in steps; some of them selected, and in another order."""
     model = decoder(5, memory=k)
-    g, previous = torch.randn(2, 3, 9 * k, 16)
+    g, previous = inputs(3, 9 * k)
     first = torch.tensor([0, k, 3 * k])
     known, middle = 4 * k, 7 * k
     whole, cache = model(g, previous, first), model.prefill(g[:, :known], previous[:, :known], first)
@@ -229,21 +238,20 @@ def test_rows_of_a_batch_are_as_alone(k: int) -> None:
 def test_branches_equal_steps_from_each_start(memory: int, restarts: int) -> None:
     """Of two texts, from each of some positions, by four tokens of the branch's own."""
     model, k = decoder(3, memory=memory), memory or 4
-    texts = torch.randn(2, 2, 40, 16)  # g and previous, (B, T, E) each
+    g, previous = inputs(2, 40)
     starts = torch.tensor([1, 2, 5, 8, 9, 15, 16, 31, 36])
-    cache = model.branches(texts[0], texts[1], starts, restarts)
-    new = torch.randn(2, 2 * len(starts), 4, 16)
-    new[1, :, 0] = texts[1][:, starts].flatten(0, 1)  # what stands before a branch is the text's own
+    cache = model.branches(g, previous, starts, restarts)
+    new_g, new = inputs(2 * len(starts), 4)
+    new[:, 0] = previous[:, starts].flatten(0, 1)  # what stands before a branch is the text's own
     at, out = starts.repeat(2), []
     for j in range(4):
         if restarts:
             cache.seen = cache.seen & ((at + j) % k > 0)[:, None]
         if model.memory is not None and cache.memory is not None:
             cache.memory.own = model.memory.visible(40, at.device)[at + j]
-        out.append(model.step(new[0, :, j], new[1, :, j], cache))
+        out.append(model.step(new_g[:, j], new[:, j], cache))
     for i, start in enumerate(at.tolist()):
-        row = texts[:, i // len(starts)].clone()  # (2, T, E)
-        row[:, start : start + 4] = new[:, i]
-        size = (-1, restarts or 40, 16)
-        whole = model(row[0].reshape(size), row[1].reshape(size)).view(40, 16)
+        row_g, row = (x[i // len(starts)].clone() for x in (g, previous))
+        row_g[start : start + 4], row[start : start + 4] = new_g[i], new[i]
+        whole = model(*(x.unflatten(0, (-1, restarts or 40)) for x in (row_g, row))).view(40, 16)
         assert torch.allclose(torch.stack(out)[:, i], whole[start : start + 4], atol=1e-5), start

@@ -63,6 +63,9 @@ class Scripted(Sampler):
         {"local_memory": True, "k": 8},
         {"local_memory": True, "latents": "none"},
         {"latent_bypass": True},
+        {"local_tokens": 3},
+        {"local_tokens": 4, "k": 2, "local_memory": True, "local_layers": 1},
+        {"local_tokens": 4, "local_decoder": "restart"},
     ],
 )
 def test_steps_equal_the_full_forward(change: dict[str, Any]) -> None:

@@ -33,10 +33,13 @@ VARIANTS: list[dict[str, Any]] = [
     {"local_memory": True, "local_qk_norm": True},
     {"latent_bypass": True},
     {"latent_bypass": True, "latents": "none"},
+    {"local_tokens": 3, "local_memory": True},
+    {"local_tokens": 3, "local_decoder": "restart"},
 ]
 KINDS = [
     *("ours", "no latents", "independent positions", "k 1", "k 8", "restarting decoder"),
     *("memory", "memory, k 1", "memory, k 8", "memory alone", "memory, normed", "bypass", "neither latents nor bypass"),
+    *("trigrams", "trigrams, restarting"),
 ]
 
 
