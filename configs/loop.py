@@ -140,7 +140,8 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if not isinstance(cfg, LMTrainConfig) or cfg.optimizer == "adamw":
         return [adamw]
-    muon, options = parts["muon"], {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "ns_steps": NS_STEPS}
+    muon = parts["muon"]
+    options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "ns_steps": NS_STEPS}
     if not has_fast_bf16(muon[0].device):
         return [Float32Muon(muon, **options), adamw]
     return [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **options), adamw]

@@ -257,8 +257,8 @@ class LocalDecoder(nn.Module):
         Those of one text stand together and share its entries in the memory, of which a row that goes on into the next
         chunk is to be shown more. restarts: tokens a chunk, for a decoder that begins anew in each.
         """
-        length = restarts or g.shape[1]
-        _, cache, made = self._run(*(x.flatten(0, 1).unflatten(0, (-1, length)) for x in (g, previous)), None)
+        rows = [x.flatten(0, 1).unflatten(0, (-1, restarts or g.shape[1])) for x in (g, previous)]
+        _, cache, made = self._run(rows[0], rows[1], None)
         near = starts[:, None] + torch.arange(-self.window, 0, device=g.device)  # (n, W)
 
         def at_starts(x: Tensor) -> Tensor:  # (rows, A, T of a row, d), not rotated -> (B * n, A, W, d)
