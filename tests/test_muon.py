@@ -7,6 +7,7 @@ import torch
 
 from configs import loop
 from configs.muon import Float32Muon, orthogonalised
+from configs.run import has_fast_bf16
 from configs.schema import LMTrainConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -62,3 +63,8 @@ def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch, fast: bool, kind
     made = loop.optimizers(torch.nn.Linear(3, 4), LMTrainConfig(optimizer="muon"))
     assert [type(x) for x in made] == [kind, torch.optim.AdamW]
     assert made[0].defaults["adjust_lr_fn"] == "match_rms_adamw" and made[0].defaults["ns_steps"] == loop.NS_STEPS
+
+
+def test_a_gpu_that_emulates_bfloat16_is_not_fast_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)  # a T4
+    assert not has_fast_bf16(torch.device("cuda"))
