@@ -1,11 +1,11 @@
 """The local decoder: a small causal transformer over the token stream that writes the tokens inside a chunk.
 
 Each layer sees the last W tokens, across chunk borders, so that the first token of a chunk knows what stands just before
-it; their keys and values live in a window of W. With a memory, one more attention behind the first layer looks up what
-followed wherever the text read like this before, however far back.
+it; their keys and values live in a window of W. The input at a token holds the n tokens right before it. With a memory, one
+more attention behind the first layer looks up what followed wherever the text read like this before, however far back.
 
 Legend: `B` batch, `T` tokens, `E` width, `A` heads, `d` their width, `W` window, `N` blocks of W tokens, `K` tokens a
-chunk, `S` entries of the memory.
+chunk, `S` entries of the memory, `n` tokens that the input holds.
 """
 
 from __future__ import annotations
@@ -247,9 +247,8 @@ class LocalDecoder(nn.Module):
     def empty(self, batch: int, like: Tensor) -> LocalCache:
         """The cache of `batch` rows that have seen nothing, of `like`'s dtype and device."""
         zeros = like.new_zeros(batch, 1, self.exit.in_features)
-        return self.prefill(
-            zeros, zeros[:, :, None].expand(-1, -1, self.tokens, -1), torch.ones(batch, dtype=torch.long, device=like.device)
-        )  # one hidden position
+        hidden = torch.ones(batch, dtype=torch.long, device=like.device)  # the one position is
+        return self.prefill(zeros, zeros[:, :, None].expand(-1, -1, self.tokens, -1), hidden)
 
     def branches(self, g: Tensor, previous: Tensor, starts: Tensor, restarts: int = 0) -> LocalCache:
         """The caches of texts that go on from some positions of whole chunks g, previous: starts (n,) -> B * n rows.

@@ -6,7 +6,7 @@
     predicted       z^0        z^1       z^2                  each from the chunks before it
     AE decoder    g0 .. g7  g8 .. g15  g16 .. g23             K hidden vectors at once
     (a bypass       adds to each what the backbone's state says past the latent)
-    local decoder   reads g_t and x_(t-1), sees W tokens back, adds u_t
+    local decoder   reads g_t and the n tokens before x_t, sees W back, adds u_t
     (its memory     looks up what followed where the text read like this before)
     logits        (g_t + u_t) . embedding
 
@@ -14,7 +14,7 @@ so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on th
 whose memory, where it has one, sees the tokens of all earlier chunks but the last, too.
 
 Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width, `E` embedding width, `H` hidden width,
-`V` vocabulary.
+`V` vocabulary, `n` tokens that the local decoder reads at once.
 """
 
 from __future__ import annotations

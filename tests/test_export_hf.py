@@ -199,6 +199,8 @@ def test_cards(samplers: dict[str, Sampler], world: World) -> None:
     assert "A control" not in trained
     for said in ("big-model: token-level distillation from 12,345 tokens", "| 2.0000 |", "| 0.1250 |", "| 7.39 |"):
         assert said in cards["windowed"], said
+    assert "reads the last 3 tokens at each step, memory of all chunks but the last" in cards["remembering"]
+    assert "at each step" not in cards["windowed"]
     assert "A control" in cards["alone"] and "| backbone | none |" in cards["alone"]
     assert "no likelihood" in cards["energy"] and "labels" not in cards["energy"] and "| 0.2500 |" in cards["energy"]
 

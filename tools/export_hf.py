@@ -128,6 +128,7 @@ def model_card(
         measured.insert(1, ("perplexity per token", f"{math.exp(figures['nats_per_token']):.2f}"))
     backbone = f"{cfg.num_layers} layers of width {cfg.hidden_dim} (Qwen3), one position a chunk"
     local = f"{cfg.local_layers} layer{'s' * (cfg.local_layers > 1)} of width {cfg.embed_dim}, window of {cfg.window} tokens"
+    local += f", reads the last {cfg.local_tokens} tokens at each step" if cfg.local_tokens > 1 else ""
     local += ", memory of all chunks but the last" if cfg.local_memory else ""
     facts = [
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
