@@ -22,18 +22,9 @@ def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: i
     a, b, c = coefficients
     wide = x if x.shape[0] <= x.shape[1] else x.T
     wide = wide / wide.norm().clamp(min=eps)  # no singular value is above 1
-    gram = wide @ wide.T
-    if 3 * wide.shape[0] > wide.shape[1]:
-        for i in range(steps):
-            gram = gram if i == 0 else wide @ wide.T
-            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    else:  # fewer operations: what multiplies x is a polynomial of its Gram matrix, and so is the next Gram matrix
-        one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-        factor = one
-        for _ in range(steps):
-            q = a * one + b * gram + c * (gram @ gram)
-            factor, gram = q @ factor, q @ gram @ q
-        wide = factor @ wide
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if x.shape[0] <= x.shape[1] else wide.T
 
 

@@ -13,7 +13,7 @@ from configs.schema import LMTrainConfig
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (6, 9), (9, 6), (6, 18), (18, 6), (1, 5), (64, 512)])
+@pytest.mark.parametrize("shape", [(6, 6), (6, 17), (17, 6), (1, 5)])
 def test_the_iterations_act_on_singular_values_alone(shape: tuple[int, int]) -> None:
     x, (a, b, c) = torch.randn(shape), COEFFICIENTS
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
