@@ -46,7 +46,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-demo: setup ## train and measure the whole chain on the standard library, 17 minutes on 2 cores; QUICK=1: 3 minutes
+demo: setup ## train and measure the whole chain on the standard library, 17 to 41 minutes on 2 cores; QUICK=1: a few
 	@$(PY) tools/demo.py $(if $(QUICK),--quick) $(ARGS)
 
 distill-demo: setup ## distill from the demo's token-level model over HTTP, with and without its soft targets (after `make demo`)
