@@ -1,7 +1,7 @@
 """Muon for processors without bfloat16 products of their own.
 
-torch's Muon orthogonalises its steps in bfloat16. A processor that has to emulate such products does one step of the demo's
-student in 10 s instead of 0.7 s (docs/log.md); float32 is what it is fast at.
+torch's Muon orthogonalises its steps in bfloat16. A processor that has to emulate such products is some fifty times slower at
+them than at float32 ones (docs/log.md).
 """
 
 from __future__ import annotations
