@@ -263,6 +263,7 @@ def test_what_clients_are_told(tokenizer: TokenizerAdapter, monkeypatch: pytest.
             running = asyncio.ensure_future(client.post("/generate", json=body))
             streamed = asyncio.ensure_future(client.post("/generate", json={**body, "stream": True}))
             while (it.batcher.running, it.batcher.waiting) != (1, 1):  # a row whose prompt is being read is neither
+                assert not running.done()
                 await asyncio.sleep(0.01)
             busy = await client.post("/generate", json=body)
             assert (busy.status_code, busy.json()["error"]["code"]) == (429, "queue_full")

@@ -143,7 +143,7 @@ def run_chain(root: Path, chain: list[Stage]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same chain with a few steps of training, about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="the same chain with a few steps of training, some minutes")
     parser.add_argument("--output", help="where everything is written [runs/demo, or runs/demo-quick]")
     args = parser.parse_args()
     root = Path(args.output or ("runs/demo-quick" if args.quick else "runs/demo"))
