@@ -157,6 +157,29 @@ def test_what_counts_as_done(world: World, tmp_path: Path, in_process: None) -> 
     assert (row["training_tokens"], len(read_rows(tmp_path / "out"))) == (3 * 4 * 32, 2)
 
 
+def test_rows_of_runs_made_elsewhere_stay(world: World, tmp_path: Path, in_process: None) -> None:
+    """Docs hold more rows than this machine has runs: those that the grid still describes are told, the others are not."""
+    variants = {name: {"model": "token_model", "k": 4, "max_steps": 1} for name in ("token_model", "local_only", "other")}
+    change: dict[str, Any] = {"recommended": None, "variants": variants}
+    path = written(tmp_path / "g.yaml", world, **change)
+    docs = tmp_path / "docs"
+    flags = ["--grid", path, "--docs", docs]
+    assert run_script(ablate, *flags) == 0
+    before = json.loads((docs / "quality.json").read_text())
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    variants["other"]["lr"] = 2e-3
+    written(path, world, **change)
+    assert run_script(ablate, *flags, "--only", "local_only") == 0
+    after = json.loads((docs / "quality.json").read_text())
+    assert [row["name"] for row in after["rows"]] == ["token_model", "local_only"] and len(before["rows"]) == 3
+    assert after["rows"][0] == before["rows"][0]  # not run here
+    assert set(read_rows(tmp_path / "out")) == {("local_only", 0)}
+    assert "Not run with the grid's present settings: other-s0" in (docs / "quality.md").read_text()
+    written(path, world, **change, max_windows=9)  # other text scored: no row of before can stand beside it
+    assert run_script(ablate, *flags, "--report") == 0
+    assert json.loads((docs / "quality.json").read_text())["rows"] == []
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "g.yaml", world, shared={**SHARED, "max_steps": 200, "eval_every": 0})
     command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--grid", str(path), "--docs", str(tmp_path / "docs")]

@@ -5,7 +5,8 @@
 Each run is the project's own trainer, then tools/evaluate.py, in OUTPUT/NAME-sSEED (settings, metrics.jsonl, output.txt,
 checkpoints); a line of OUTPUT/results.jsonl says how it ended. A run that is there with the same settings, data and input
 checkpoints is not run again, an interrupted one goes on where it was. Last come the tables of docs/quality.md, the rows of
-docs/quality.json and a plot. The grid's YAML:
+docs/quality.json and a plot; rows that stand there from runs made elsewhere stay as long as their settings are the grid's.
+The grid's YAML:
 
     data: data/packed              # packed data for all
     output: runs/ablate_small
@@ -50,9 +51,9 @@ from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
 from student.flops import ae_training_flops, backbone_steps, optimizer_flops, training_flops
 from student.student_model import StudentConfig
-from tools.grid import TRAINERS, Rows, Run, current, digest, load_grid, lock_of, read_rows, same, write_row
+from tools.grid import TRAINERS, Rows, Run, current, digest, load_grid, lock_of, published, read_rows, same, write_row
 from tools.plot import read_metrics
-from tools.quality import write_quality
+from tools.quality import read_page, write_quality
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -256,8 +257,13 @@ def main() -> None:
         signal.signal(number, _interrupt)
     failed = {} if args.report else execute(chosen, args.jobs)
     rows = read_rows(grid.output)
-    made = [row for run in grid.runs() if (row := current(run, rows))]
-    missing = [run.title for run in grid.runs() if not current(run, rows)]
+    told = read_page(args.docs).get("rows", [])
+    made, missing = [], []
+    for run in grid.runs():
+        if row := current(run, rows) or published(run, told):
+            made.append(row)
+        else:
+            missing.append(run.title)
     roles = {"control": grid.control, "token_model": grid.token_model, "recommended": grid.recommended}
     controls = {variant.name: variant.control for variant in grid.variants.values() if variant.control}
     print(write_quality(args.docs, grid.name, grid.path, made, missing, roles, controls))

@@ -307,12 +307,17 @@ def write_row(output: Path, row: dict[str, Any]) -> None:
         temporary.replace(path)
 
 
+def alike(model: str, one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two trainings have the same settings. One that only one of them tells counts by its default."""
+    defaults = as_dict(TRAINERS[model][1]())
+    return all(one.get(key, defaults.get(key)) == two.get(key, defaults.get(key)) for key in {*one, *two} - FREE)
+
+
 def same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Whether two identities are of one run. A setting that only one of them knows counts by its default."""
+    """Whether two identities are of one run."""
     if before is None or any(before.get(key) != now[key] for key in ("model", "data", "inputs")):
         return False
-    one, two, defaults = before["settings"], now["settings"], as_dict(TRAINERS[now["model"]][1]())
-    return all(one.get(key, defaults.get(key)) == two.get(key, defaults.get(key)) for key in {*one, *two} - FREE)
+    return alike(now["model"], before["settings"], now["settings"])
 
 
 def current(run: Run, rows: Rows) -> dict[str, Any] | None:
@@ -321,6 +326,16 @@ def current(run: Run, rows: Rows) -> dict[str, Any] | None:
     if row is None or identity is None or not same(row["identity"], identity):
         return None
     return row if run.variant.model == "ae" or row["evaluation"] == run.grid.evaluation else None
+
+
+def published(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of a run among those of docs/quality.json, if its settings are the grid's: its checkpoint may lie elsewhere."""
+    model = run.variant.model
+    for row in rows:
+        if [row[key] for key in ("grid", "name", "seed", "model")] == [run.grid.name, run.variant.name, run.seed, model]:
+            fits = alike(model, row["settings"], run.variant.settings)
+            return row if fits and (model == "ae" or row["evaluation"] == run.grid.evaluation) else None
+    return None
 
 
 _digests: dict[tuple[str, float, int], str] = {}

@@ -169,6 +169,15 @@ def replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_page(folder: str | Path) -> dict[str, Any]:
+    """quality.json: its rows, summaries and recommendation; empty where there is none."""
+    path = Path(folder) / "quality.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it") from None
+
+
 def write_quality(
     folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
     controls: dict[str, str],
@@ -198,11 +207,7 @@ def write_quality(
         frontier(places, folder / f"frontier_{name}.png")
         plots.append(f"frontier_{name}.png")
     text = section(name, source, rows, entries, missing, plots)
-    path = folder / "quality.json"
-    try:
-        page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it") from None
+    page = read_page(folder)
     kept = [row for row in page.get("rows", []) if row["grid"] != name]
     page["rows"] = kept + [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows]
     page["summary"] = {**page.get("summary", {}), name: entries}
@@ -210,6 +215,6 @@ def write_quality(
     if best:
         settings = next(row["settings"] for row in rows if row["name"] == best["name"])
         page["recommended"] = {"grid": name, **best, "settings": settings}
-    replace(path, json.dumps(page, indent=1) + "\n")
+    replace(folder / "quality.json", json.dumps(page, indent=1) + "\n")
     write_section(folder / "quality.md", name, text)
     return text
