@@ -128,8 +128,8 @@ class Batcher:
     # ------------------------------------------------------------------------------------------- from any thread
     @property
     def waiting(self) -> int:
-        """Rows without a slot, and texts not yet scored."""
-        return len(self._waiting) + len(self._scoring)
+        """Rows that do not run: without a slot, their prompt being read, or their text not scored yet."""
+        return max(0, len(self._alive) - len(self._running))
 
     @property
     def running(self) -> int:

@@ -110,6 +110,21 @@ def test_the_queue_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(one.wait(), Finished)
 
 
+def test_a_row_whose_prompt_is_being_read_waits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, told = served.batcher.sampler.add, []
+
+    def reading(*args: Any) -> Any:
+        told.append((served.batcher.running, served.batcher.waiting))
+        return add(*args)
+
+    monkeypatch.setattr(served.batcher.sampler, "add", reading)
+    crowd = [Asked([5, 6]) for _ in range(3)]
+    served.batcher.submit([one.job for one in crowd])
+    for one in crowd:
+        assert isinstance(one.wait(), Finished)
+    assert told == [(0, 3), (1, 2), (2, 1)]
+
+
 def test_cancelling_frees_the_slot_within_a_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
     step = served.batcher.sampler.step
@@ -262,7 +277,7 @@ def test_what_clients_are_told(tokenizer: TokenizerAdapter, monkeypatch: pytest.
         async with httpx.AsyncClient(base_url=url, timeout=20) as client:
             running = asyncio.ensure_future(client.post("/generate", json=body))
             streamed = asyncio.ensure_future(client.post("/generate", json={**body, "stream": True}))
-            while (it.batcher.running, it.batcher.waiting) != (1, 1):  # a row whose prompt is being read is neither
+            while (it.batcher.running, it.batcher.waiting) != (1, 1):
                 assert not running.done()
                 await asyncio.sleep(0.01)
             busy = await client.post("/generate", json=body)
