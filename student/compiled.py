@@ -1,4 +1,7 @@
-"""Compiling decoding steps of fixed shapes: inductor with frozen, packed weights on a CPU, a CUDA graph on a GPU."""
+"""Compiling decoding steps of fixed shapes: inductor with frozen, packed weights on a CPU, a CUDA graph on a GPU.
+
+Inductor is imported where something is compiled: it would add a third to the seconds in which any script starts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.graph import GraphLowering
 
 FEW_ROWS = 4
 
@@ -21,9 +23,11 @@ FEW_ROWS = 4
 def steady_source() -> Iterator[None]:
     """Keep the weights' addresses out of the code that inductor generates: they stand there in a comment, which makes it
     another program, to be compiled again, in every process. The weights are handed over at every call."""
+    from torch._inductor.graph import GraphLowering
+
     allocate = GraphLowering.allocate_non_dup_const_name
 
-    def without_address(graph: GraphLowering, name: str | None, data: Tensor) -> str:
+    def without_address(graph: Any, name: str | None, data: Tensor) -> str:
         name = allocate(graph, name, data)
         graph.constant_reprs[name] = graph.constant_reprs[name].rsplit(" ", 1)[0]
         return name
@@ -61,12 +65,14 @@ class CompiledStep:
     def __call__(self, *args: Any) -> Any:
         if (ready := self.ready.get(args[-1])) is not None:
             return ready(*args)
+        import torch._inductor.config as inductor
+
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "latentforge" / "inductor"))
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         ready = self.ready[args[-1]] = torch.compile(self._own_function(), fullgraph=True, dynamic=False, options=options)
         with (
             steady_source(),
-            torch._inductor.config.patch(self.config),
+            inductor.patch(self.config),
         ):  # not among the options: the tracer, too, must know of the freezing
             return ready(*args)
 

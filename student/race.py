@@ -141,7 +141,9 @@ class TokenEager:
             )  # fmt: skip
 
         if self.extra:  # a hook would be compiled away
-            with torch._inductor.config.patch(cpp_wrapper=ids.device.type == "cpu"):
+            import torch._inductor.config as inductor
+
+            with inductor.patch(cpp_wrapper=ids.device.type == "cpu"):
                 out, steps = generate(), new
         else:
             out = None
