@@ -108,7 +108,7 @@ class LatentStep(nn.Module):
         for keys, turned, values in zip(window.keys, window.turned, window.values, strict=True):
             turned[:, :, :size] = rotate(keys[:, :, k:], self.cos, self.sin)
             keys.copy_(keys.roll(-k, 2))
-            values.copy_(values.roll(-k, 2))
+            values.copy_(values.roll(-k, 3))
         window.bias.copy_(F.pad(window.bias[:, k:], (0, k)))
 
     def _remember(self, memory: Memory, entries: Entries, chunk: Tensor, length: Tensor) -> None:
@@ -117,7 +117,7 @@ class LatentStep(nn.Module):
         rows = torch.arange(len(chunk), device=chunk.device)[:, None]
         at = 1 + (length[:, None] - 1).clamp(min=0) * memory.k + torch.arange(memory.k, device=chunk.device)  # (B, K)
         entries.keys[rows, :, at] = keys.transpose(1, 2)
-        entries.values[rows, :, at] = values.transpose(1, 2)
+        entries.values[rows, :, :, at] = values.transpose(1, 2)
         shown = (length[:, None] - memory.lag) * memory.k
         entries.bias.copy_(
             torch.where(torch.arange(entries.bias.shape[1], device=chunk.device) <= shown.clamp(min=0), 0.0, -torch.inf)
@@ -172,7 +172,7 @@ class TokenStep(nn.Module):
             q, k, v = (part[:, :, None] for part in layer.split(x))  # (B, A, 1, d)
             keys[:, :, local.window + j] = k
             turned[:, :, local.window + j] = rotate(k, cos, sin)
-            values[:, :, local.window + j] = v
+            values[..., local.window + j] = v.transpose(2, 3)
             x = layer.mlp(x + layer.out(attend(rotate(q, cos, sin), turned, values, bias).flatten(1)))
             if layer is local.layers[0] and local.memory is not None and entries is not None:
                 entries.states[:, j] = x[:, None]
@@ -188,7 +188,7 @@ class Window:
     Keys are kept twice. `turned` by their position in the chunk, -W..K-1, is what queries meet; from the others it is made
     anew at each chunk, so that no rounding adds up however long the text.
 
-    keys, turned, values: (B, A, W + K, d) a layer; bias: (B, W + K), -inf before a row begins.
+    keys, turned: (B, A, W + K, d) a layer; values: (B, A, d, W + K); bias: (B, W + K), -inf before a row begins.
     """
 
     keys: list[Tensor]
@@ -201,7 +201,7 @@ class Window:
 class Entries:
     """The local decoder's memory: `none`, then an entry for each token of a row, left-aligned.
 
-    keys, values: (B, A, S + 1, d); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of the chunk being
+    keys: (B, A, S + 1, d); values: (B, A, d, S + 1); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of the chunk being
     written, what its entries will be made from.
     """
 
@@ -217,7 +217,7 @@ class Entries:
         none = like.new_zeros(rows, memory.heads, tokens, width // memory.heads)
         keys, values = memory.with_none(none, none)
         bias = F.pad(torch.full((rows, tokens), -torch.inf, device=like.device), (1, 0))
-        return cls(keys.contiguous(), values.contiguous(), bias, like.new_zeros(rows, memory.k, width))
+        return cls(keys.contiguous(), values.transpose(2, 3).contiguous(), bias, like.new_zeros(rows, memory.k, width))
 
     def put(self, slots: Tensor, made: MemoryCache, first: Tensor) -> None:
         """What a prompt's pass made goes into slots (n,); row i's own entries begin at first[i]."""
@@ -227,7 +227,7 @@ class Entries:
         if count:
             at = (torch.arange(count, device=slots.device) + first[:, None]).clamp(max=count - 1)  # (n, count)
             rows = torch.arange(len(slots), device=slots.device)[:, None]
-            for kept, new in ((self.keys, made.keys), (self.values, made.values)):
+            for kept, new in ((self.keys, made.keys), (self.values.transpose(2, 3), made.values)):
                 kept[slots, :, 1 : count + 1] = new[rows, :, 1 + at].transpose(1, 2).to(kept.dtype)  # (n, A, count, d)
 
 
@@ -269,6 +269,7 @@ class FastSampler(Sampler):
             heads, entries = local.layers[0].heads, local.window + cfg.k
             shape = (slots, heads, entries, cfg.embed_dim // heads)
             keys, turned, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(3))
+            values = [x.view(*shape[:2], -1, entries) for x in values]
             self.window = Window(keys, turned, values, torch.zeros(slots, entries, device=device))
             state += [*keys, *values, self.window.bias]
             if local.memory is not None:
@@ -422,5 +423,5 @@ class FastSampler(Sampler):
         for kept, keys in zip(self.window.keys, made.keys, strict=True):
             kept[slots, :, -size:] = rotate(keys, cos, sin)
         for kept, values in zip(self.window.values, made.values, strict=True):
-            kept[slots, :, -size:] = values
+            kept[slots, :, :, -size:] = values.transpose(2, 3)
         self.window.bias[slots, -size:] = torch.where(made.seen, 0.0, -torch.inf)

@@ -20,7 +20,7 @@ from transformers import Qwen3Model
 
 from configs.errors import UserError
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, A, S, d)
+Cache = list[tuple[Tensor, Tensor]]  # keys (B, A, S, d) and values (B, A, d, S) of each layer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,14 +36,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """One query a row: q (B, A, G, d), keys and values (B, A, S, d), bias (B, S) -> (B, A, G, d).
+    """One query a row: q (B, A, G, d), keys (B, A, S, d), values (B, A, d, S), bias (B, S) -> (B, A, G, d).
 
-    Products and sums written out: with one query there is nothing to reuse, and the compiler streams the cache once.
+    Products and sums written out: with one query there is nothing to reuse, and the compiler streams the cache once, as both
+    sums are over what lies side by side (values (B, A, S, d) take 1.3 to 1.6 times as long behind 2,000 tokens).
     `scaled_dot_product_attention` takes 5 to 10 times as long on a CPU in bfloat16.
     """
     scores = (q[:, :, :, None].float() * keys[:, :, None].float()).sum(-1) * q.shape[-1] ** -0.5  # (B, A, G, S)
     weights = (scores + bias[:, None, None]).softmax(-1)
-    return (weights[..., None] * values[:, :, None].float()).sum(3).to(q.dtype)
+    return (weights[:, :, :, None] * values[:, :, None].float()).sum(-1).to(q.dtype)
 
 
 class StaticLayer(nn.Module):
@@ -105,8 +106,8 @@ class StaticBackbone(nn.Module):
     def new_cache(self, rows: int) -> Cache:
         """An empty cache of the backbone's positions."""
         first = self.layers[0]
-        shape = (rows, first.kv_heads, len(self.cos), first.head_dim)
-        return [(first.qkv.new_zeros(shape), first.qkv.new_zeros(shape)) for _ in self.layers]
+        keys = first.qkv.new_zeros(rows, first.kv_heads, len(self.cos), first.head_dim)
+        return [(keys.clone(), keys.clone().view(*keys.shape[:2], first.head_dim, -1)) for _ in self.layers]
 
     def step(self, x: Tensor, cache: Cache, length: Tensor) -> Tensor:
         """x (B, H) is put at position length[b] of each row, in place -> h (B, H), which has seen it and all before it."""
@@ -116,7 +117,7 @@ class StaticBackbone(nn.Module):
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
             q, k, v = layer.project(x, cos, sin)
             keys[rows, :, length] = k
-            values[rows, :, length] = v
+            values[rows, :, :, length] = v
             attended = attend(q.unflatten(1, (layer.kv_heads, layer.groups)), keys, values, bias)
             x = layer.finish(x, attended.flatten(1))
         return rms_norm(x, self.norm, self.eps)
@@ -130,7 +131,7 @@ class StaticBackbone(nn.Module):
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
             q, k, v = (t.transpose(1, 2) for t in layer.project(x, self.cos[:length], self.sin[:length]))  # (n, heads, L, d)
             keys[rows, :, :length] = k
-            values[rows, :, :length] = v
+            values[rows, :, :, :length] = v.transpose(2, 3)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.groups > 1)
             x = layer.finish(x, attended.transpose(1, 2).flatten(2))
         return rms_norm(x, self.norm, self.eps)
