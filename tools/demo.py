@@ -63,16 +63,16 @@ def stages(root: Path, quick: bool) -> list[Stage]:
         Stage(
             "packing", [*pack, "--seq_len", "512", "--k", "8"], [packed / "train" / "meta.json", packed / "val" / "meta.json"]
         ),
-        train("autoencoder", "ae/train_ae.py", ae, 120),
-        train("token model", "student/baseline.py", token_model, 40),
-        train("student", "student/train_student.py", student, 40, "--ae_ckpt", str(ae)),
+        train("autoencoder", "ae/train_ae.py", ae, 60),
+        train("token model", "student/baseline.py", token_model, 24),
+        train("student", "student/train_student.py", student, 24, "--ae_ckpt", str(ae)),
         *(
             Stage(f"sample {i}", ["infer.py", *models, "--prompt", prompt, "--echo"], [], stdout=root / f"sample_{i}.txt")
             for i, prompt in enumerate(PROMPTS, 1)
         ),
         Stage(
             "evaluation",
-            [*evaluate, "--max_windows", "32" if quick else "448"],
+            [*evaluate, "--max_windows", "8" if quick else "448"],
             [root / "evaluate.json"],
             stdout=root / "evaluate.txt",
         ),
