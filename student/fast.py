@@ -201,8 +201,8 @@ class Window:
 class Entries:
     """The local decoder's memory: `none`, then an entry for each token of a row, left-aligned.
 
-    keys: (B, A, S + 1, d); values: (B, A, d, S + 1); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of the chunk being
-    written, what its entries will be made from.
+    keys: (B, A, S + 1, d); values: (B, A, d, S + 1); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of
+    the chunk being written, what its entries will be made from.
     """
 
     keys: Tensor
