@@ -175,6 +175,10 @@ def test_rows_of_runs_made_elsewhere_stay(world: World, tmp_path: Path, in_proce
     assert after["rows"][0] == before["rows"][0]  # not run here
     assert set(read_rows(tmp_path / "out")) == {("local_only", 0)}
     assert "Not run with the grid's present settings: other-s0" in (docs / "quality.md").read_text()
+    page = docs / "quality.json"
+    page.write_text(page.read_text().replace(after["rows"][0]["data"], "of other text"))
+    assert run_script(ablate, *flags, "--report") == 0
+    assert [row["name"] for row in json.loads(page.read_text())["rows"]] == ["local_only"]  # its run is here
     written(path, world, **change, max_windows=9)  # other text scored: no row of before can stand beside it
     assert run_script(ablate, *flags, "--report") == 0
     assert json.loads((docs / "quality.json").read_text())["rows"] == []

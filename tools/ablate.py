@@ -5,8 +5,8 @@
 Each run is the project's own trainer, then tools/evaluate.py, in OUTPUT/NAME-sSEED (settings, metrics.jsonl, output.txt,
 checkpoints); a line of OUTPUT/results.jsonl says how it ended. A run that is there with the same settings, data and input
 checkpoints is not run again, an interrupted one goes on where it was. Last come the tables of docs/quality.md, the rows of
-docs/quality.json and a plot; rows that stand there from runs made elsewhere stay as long as their settings are the grid's.
-The grid's YAML:
+docs/quality.json and a plot; rows that stand there from runs made elsewhere stay as long as settings and data are the
+grid's. The grid's YAML:
 
     data: data/packed              # packed data for all
     output: runs/ablate_small
@@ -70,7 +70,8 @@ def finish(run: Run, identity: dict[str, Any], rows: Rows) -> dict[str, Any]:
             curve.append([line["tokens"], round(seconds, 1), line["val_nats_per_token"]])
         before = line
     row: dict[str, Any] = {"grid": run.grid.name, "name": run.variant.name, "model": run.variant.model, "seed": run.seed}
-    row |= {"settings": run.variant.settings, "training_tokens": end["tokens"], "train_seconds": round(seconds, 1)}
+    row |= {"data": run.grid.data_id, "settings": run.variant.settings}
+    row |= {"training_tokens": end["tokens"], "train_seconds": round(seconds, 1)}
     if run.variant.model == "ae":
         row |= {key: end[key] for key in ("chunk_exact", "token_exact")}
         flops = end["tokens"] * ae_training_flops(config_from(AEConfig, content["config"], run.title))

@@ -329,12 +329,12 @@ def current(run: Run, rows: Rows) -> dict[str, Any] | None:
 
 
 def published(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of a run among those of docs/quality.json, if its settings are the grid's: its checkpoint may lie elsewhere."""
-    model = run.variant.model
+    """The row of a run among those of docs/quality.json, if settings and data are the grid's; its run may lie elsewhere."""
+    own = {"grid": run.grid.name, "name": run.variant.name, "seed": run.seed, "model": run.variant.model}
     for row in rows:
-        if [row[key] for key in ("grid", "name", "seed", "model")] == [run.grid.name, run.variant.name, run.seed, model]:
-            fits = alike(model, row["settings"], run.variant.settings)
-            return row if fits and (model == "ae" or row["evaluation"] == run.grid.evaluation) else None
+        if all(row[key] == value for key, value in own.items()):
+            fits = row.get("data") == run.grid.data_id and alike(run.variant.model, row["settings"], run.variant.settings)
+            return row if fits and (run.variant.model == "ae" or row["evaluation"] == run.grid.evaluation) else None
     return None
 
 
