@@ -5,6 +5,9 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+# Without --no-compile, compiling all of torch and transformers to bytecode takes twice as long as installing them.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 
 DATA ?= data/packed
 CKPT_DIR ?= checkpoints
@@ -33,7 +36,7 @@ export PYTHONWARNINGS ?= ignore
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED PORT"
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED PORT TEST_JOBS"
 	@echo "             AE_CONFIG TOKEN_MODEL_CONFIG STUDENT_CONFIG RESUME=1 QUICK=1 ARGS (more flags)"
 
 setup: $(VENV)/installed ## make .venv with the pinned requirements
@@ -42,8 +45,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 10)' 2>/dev/null || \
 		{ echo "error: $(PYTHON) must be Python 3.10 or newer with venv (Debian: apt install python3-venv); or set PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
 	@touch $@
 
 demo: setup ## train and measure the whole chain on the standard library, 17 to 41 minutes on 2 cores; QUICK=1: a few
@@ -81,8 +84,8 @@ evaluate: setup ## figures of AE, token-level model and student on DATA's valida
 bench: setup ## race the student against the token-level model (MAX_TOKENS)
 	$(PY) bench.py --ae "$(AE_CKPT)" --student "$(STUDENT_CKPT)" --baseline "$(CKPT_DIR)/token_model.pt" --max_new_tokens $(MAX_TOKENS) $(ARGS)
 
-test: setup ## all tests
-	$(PY) -m pytest $(ARGS)
+test: setup ## all tests, TEST_JOBS at a time [the cores, 4 at most]
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 test-tokenizer: setup ## tests of tokenizer and packing
 	$(PY) -m pytest tests/test_tokenizer.py tests/test_data_packing.py $(ARGS)

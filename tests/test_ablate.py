@@ -184,6 +184,14 @@ def test_rows_of_runs_made_elsewhere_stay(world: World, tmp_path: Path, in_proce
     assert json.loads((docs / "quality.json").read_text())["rows"] == []
 
 
+@pytest.mark.parametrize("text", ["[1]", "{"])
+def test_a_damaged_page_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = written(tmp_path / "g.yaml", world)
+    (tmp_path / "quality.json").write_text(text)
+    assert run_script(ablate, "--grid", path, "--docs", tmp_path, "--report") == 2
+    assert "quality.json is damaged: expected the JSON that tools/ablate.py writes" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "g.yaml", world, shared={**SHARED, "max_steps": 200, "eval_every": 0})
     command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--grid", str(path), "--docs", str(tmp_path / "docs")]
@@ -202,6 +210,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(world: World, tmp_path: Path,
     assert run_script(ablate, *command[2:], "--only", "local_only") == 0
     assert "resumed at step" in (tmp_path / "out" / "local_only-s0" / "log.txt").read_text()
     assert read_rows(tmp_path / "out")["local_only", 0]["training_tokens"] == 200 * 4 * 32
+
+
+def test_a_run_stopped_before_its_first_line_of_metrics(world: World, tmp_path: Path, in_process: None) -> None:
+    path = written(tmp_path / "g.yaml", world)
+    command = ["--grid", path, "--docs", tmp_path / "docs", "--only", "token_model"]
+    assert run_script(ablate, *command) == 0
+    (tmp_path / "out" / "results.jsonl").unlink()
+    (tmp_path / "out" / "token_model-s0" / "metrics.jsonl").write_text("")
+    assert run_script(ablate, *command) == 0 and ("token_model", 0) in read_rows(tmp_path / "out")
 
 
 def test_a_failed_run_stops_only_those_that_need_it(

@@ -54,9 +54,14 @@ def test_another_command_runs_it_and_what_follows_again(tmp_path: Path, ran: lis
     root = tmp_path / "run"
     run_script(demo, "--quick", "--output", root)
     ran.clear()
-    run_script(demo, "--output", root)  # the full demo: other steps from the autoencoder on
-    all_names = names(root)
-    assert ran == [(name, False) for name in all_names[all_names.index("autoencoder") :]]
+    run_script(demo, "--output", root)  # the full demo: a larger corpus
+    assert ran == [(name, False) for name in names(root)]
+    record = json.loads((root / "stages.json").read_text())
+    record["student"]["key"] = "of another command"
+    (root / "stages.json").write_text(json.dumps(record))
+    ran.clear()
+    run_script(demo, "--output", root)
+    assert ran == [(name, False) for name in names(root)[names(root).index("student") :]]
 
 
 def test_an_interrupted_training_resumes(

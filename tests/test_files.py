@@ -40,7 +40,7 @@ from student.baseline import load_token_model
 from student.sampler import load_sampler
 from tools.plot import read_metrics
 
-FUZZ = int(os.environ.get("FUZZ", 1000))  # damaged files of each kind
+FUZZ = int(os.environ.get("FUZZ", 400))  # damaged files of each kind
 SECONDS, MEMORY = 20, 1 << 30  # that a load may take
 PROGRAM = [path for name in (".", "configs", "ae", "kd", "student", "tools", "web") for path in (ROOT / name).glob("*.py")]
 META = {"tokenizer_fingerprint": "f" * 32, "tokenizer": "../tokenizer", "eot_id": 0, "pad_id": 1, "teacher": ["m"]}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_script
 
 from ae.tokenizer_adapter import TokenizerAdapter, Utf8Stream
 from configs.errors import UserError
@@ -360,3 +361,7 @@ def test_get_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert rows == [{"text": "y = 1\n", "path": "a.py"}, {"text": "x = 'é'\r\n", "path": "b.py"}]
     assert "2 files" in capsys.readouterr().out and [p.name for p in output.parent.iterdir()] == ["corpus.jsonl"]
+    assert run_script(get_corpus, "--output", output, "--max_files", 1) == 0
+    assert json.loads(output.read_text(encoding="utf-8")) == rows[0]
+    assert run_script(get_corpus, "--output", output, "--max_files", 0) == 2
+    assert "--max_files: expected at least 1, got 0" in capsys.readouterr().err

@@ -46,6 +46,7 @@ import yaml
 
 from ae.ae_model import AEConfig
 from configs.errors import UserError, run_cli
+from configs.files import read_json_lines
 from configs.run import load_checkpoint, saved_states
 from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
@@ -130,7 +131,7 @@ class Job:
 def is_trained(run: Run) -> bool:
     """Whether its training ended (a trainer that is asked to stop saves and may exit with 0 too)."""
     path = run.folder / "metrics.jsonl"
-    return run.checkpoint.exists() and path.exists() and any(line.get("final") for line in read_metrics(run.folder)[-1:])
+    return run.checkpoint.exists() and path.exists() and any(line.get("final") for line in read_json_lines(path)[-1:])
 
 
 def prepare(run: Run, identity: dict[str, Any]) -> list[list[str]]:

@@ -58,7 +58,7 @@ def stages(root: Path, quick: bool) -> list[Stage]:
     evaluate = ["tools/evaluate.py", *both, "--data", str(packed), "--output", str(root / "evaluate.json")]
     bench = ["bench.py", *both, "--max_new_tokens", "128", "--output", str(root / "bench.json")]
     return [
-        Stage("corpus", ["tools/get_corpus.py", "--output", str(corpus)], [corpus]),
+        Stage("corpus", ["tools/get_corpus.py", "--output", str(corpus), *(["--max_files", "200"] if quick else [])], [corpus]),
         Stage("tokenizer", train_tokenizer, [tokenizer]),
         Stage(
             "packing", [*pack, "--seq_len", "512", "--k", "8"], [packed / "train" / "meta.json", packed / "val" / "meta.json"]

@@ -242,7 +242,9 @@ def main() -> None:
     parser.add_argument("--student", help="student checkpoint")
     parser.add_argument("--baseline", help="token-level model checkpoint")
     parser.add_argument("--data", default="data/packed", help="packed data; its val split is read [data/packed]")
-    parser.add_argument("--max_windows", type=int, help="only the first windows of the split [all]")
+    parser.add_argument(
+        "--max_windows", type=int, help="only the first windows of the split; the autoencoder: their chunks, unless alone [all]"
+    )
     parser.add_argument("--first", type=int, help="tokens at a window's start that are context only, a multiple of k [k]")
     parser.add_argument("--output", help="write the JSON there too")
     parser.add_argument("--device", default="auto")
@@ -270,7 +272,9 @@ def main() -> None:
         raise UserError(f"the models were trained on different windows ({told}) and cannot be compared")
     result: dict[str, Any] = {}
     if "ae" in loaded:
-        result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device))
+        window = next((model.cfg.context for model in models.values()), None)
+        chunks = args.max_windows * window // loaded["ae"].cfg.k if args.max_windows and window else None
+        result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device), chunks)
     if "student" in models and loaded["student"].cfg.head == "energy":
         del models["student"]
         result["student"] = evaluate_energy(

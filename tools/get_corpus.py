@@ -1,6 +1,6 @@
 """The corpus that is always there: the standard library of the running Python, one document a file (about 31 MB).
 
-    python tools/get_corpus.py --output data/corpus.jsonl
+    python tools/get_corpus.py --output data/corpus.jsonl [--max_files N]
 
 Writes JSON lines {"text", "path"}, sorted by path. Files that are not UTF-8 (the library's own test cases) are counted
 and left out, and so are installed packages.
@@ -12,6 +12,7 @@ import argparse
 import json
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from configs.errors import UserError, run_cli
@@ -28,8 +29,11 @@ def library_files(root: Path) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/corpus.jsonl", help="JSON lines to write [%(default)s]")
-    output = Path(parser.parse_args().output)
-    root = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument("--max_files", type=int, help="only so many, by path [all]")
+    args = parser.parse_args()
+    output, root = Path(args.output), Path(sysconfig.get_paths()["stdlib"])
+    if args.max_files is not None and args.max_files < 1:
+        raise UserError(f"--max_files: expected at least 1, got {args.max_files}")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; expected a file name such as {output / 'corpus.jsonl'}")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,7 @@ def main() -> None:
     written = skipped = size = 0
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for path in library_files(root):
+            for path in islice(library_files(root), args.max_files):
                 raw = (root / path).read_bytes()
                 try:
                     text = raw.decode("utf-8")

@@ -173,9 +173,12 @@ def read_page(folder: str | Path) -> dict[str, Any]:
     """quality.json: its rows, summaries and recommendation; empty where there is none."""
     path = Path(folder) / "quality.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        page = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(page, dict):
+            return page
     except ValueError:
-        raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it") from None
+        pass
+    raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it")
 
 
 def write_quality(
