@@ -26,6 +26,7 @@ Of equal documents only the first is kept. Validation is chosen by the hash of t
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import math
 import os
@@ -199,6 +200,8 @@ def pack_answers(
     output = Path(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    collects = gc.isenabled()
+    gc.disable()  # parsing makes twenty objects a token and no cycles; looking for these takes longer than the parsing
     try:
         counts = _pack(answers, tokenizer, temporary, k, val_split, meta)
         if output.exists():
@@ -208,6 +211,8 @@ def pack_answers(
             shutil.rmtree(output)
         temporary.replace(output)
     finally:
+        if collects:
+            gc.enable()
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
 

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -355,8 +356,8 @@ def _top(tokens: Sequence[Token], table: TokenTable) -> tuple[np.ndarray, np.nda
     for t, row in enumerate(rows):
         if sum([math.exp(logprob) for _, logprob in row]) > 1.01:
             raise Misaligned("the top probabilities of a token add up to more than 1")
-        for j, (i, logprob) in enumerate(row):
-            ids[t, j], logprobs[t, j] = i, logprob
+        if row:
+            ids[t, : len(row)], logprobs[t, : len(row)] = zip(*row, strict=True)
     return ids, logprobs
 
 
@@ -372,4 +373,6 @@ def _known(top: Iterable[Token], table: TokenTable) -> list[tuple[int, float]]:
             twice = twice if token.id is not None else twice | {i}
         else:
             by_id[i] = logprob
-    return sorted(((i, logprob) for i, logprob in by_id.items() if i not in twice), key=lambda pair: -pair[1])
+    for i in twice:
+        del by_id[i]
+    return sorted(by_id.items(), key=itemgetter(1), reverse=True)
