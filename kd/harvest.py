@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import re
 import signal
 import sys
@@ -32,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import UserError, run_cli
-from configs.schema import opt, parse_config
+from configs.schema import parse_config
 from kd.kd_client import (
     STEPS_DOWN,
     Answer,
@@ -46,54 +45,12 @@ from kd.kd_client import (
     request_tokens,
 )
 from kd.limits import Patience
+from kd.prompts import TEMPLATE, HarvestConfig, Job, Prompts
 from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, wire_top
-from kd.shards import Shard
 from kd.store import Store, request_key
 
-TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key
-CONTINUE = "Continue the text below. Answer with the continuation alone: no comment, and nothing of the text itself.\n\n"
 PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says
 ALL_MISALIGNED = 20  # answers, none of which aligns: it is the wrong tokenizer
-
-
-@dataclass
-class HarvestConfig:
-    """Settings of a harvest; each is a flag."""
-
-    n_tokens: int = opt(1_000_000, "tokens of the teacher's text that the store should hold of this harvest", low=1)
-    data: str | None = opt(None, "packed data: prompts are the beginnings of its training documents")
-    prompts: str | None = opt(None, "JSON lines with `text`, `prompt` or `messages`")
-    prompt_tokens: int = opt(64, "tokens of a document that are its beginning", low=1)
-    tokenizer: str | None = opt(None, "folder, tokenizer.json or hub name; unset: that of --data")
-    store: str | None = opt(None, "SQLite file of this teacher; unset: data/teacher/MODEL.sqlite")
-    base_url: str | None = opt(None, "server, up to /v1; unset: VENICE_BASE_URL")
-    model: str | None = opt(None, "teacher; unset: VENICE_MODEL")
-    mode: str = opt(
-        "auto", "chat, completions, score, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions", "score")
-    )
-    text_prompts: bool = opt(False, "completions: send prompts as text, for servers that take no token ids")
-    max_new_tokens: int = opt(512, "most tokens of an answer (--mode score: of the text that a request scores)", low=1)
-    temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
-    top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
-    seed: int = opt(0, "of the requests' seeds", low=0)
-    whole_store: bool = opt(False, "--n_tokens counts all that the store holds, of other settings too")
-    shard: str = opt("1/1", "i/n: of n machines, the prompts and tokens of the i-th; kd/shards.py merges their stores")
-    concurrency: int = opt(8, "requests at once (Venice: at most 10)", low=1)
-    rpm: float | None = opt(None, "most requests a minute; the server's headers may lower it", low=1e-9)
-    tpm: float | None = opt(None, "most tokens a minute, prompts included", low=1e-9)
-    budget_usd: float | None = opt(None, "most dollars that this store may cost, earlier runs included", low=0)
-    timeout_s: float = opt(300.0, "seconds that an answer may take", low=1e-9)
-    dry_run: bool = opt(False, "estimate calls, tokens, dollars and time, and ask for nothing")
-    allow_http: bool = opt(False, "allow plain http to another machine")
-    allow_other_model: bool = opt(False, "keep answers of another model than asked for")
-
-
-@dataclass
-class Job:
-    """A request, and what precedes its answer in the training text (None: not known)."""
-
-    body: dict[str, Any]
-    prompt_ids: list[int] | None
 
 
 @dataclass
@@ -122,141 +79,6 @@ class Summary:
                 yield f"{what}: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
 
 
-def uses_chat(mode: str, settings: Settings) -> bool:
-    """What --mode means for a server: Venice has chats only."""
-    return mode == "chat" or (mode == "auto" and settings.is_hosted)
-
-
-class Prompts:
-    """The endless (temperature 0: one pass long) sequence of jobs and their request bodies, the same in every run."""
-
-    def __init__(self, cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None) -> None:
-        self.cfg, self.settings, self.tokenizer = cfg, settings, tokenizer
-        self.chat, self.shard = uses_chat(cfg.mode, settings), Shard.parse(cfg.shard)
-        if cfg.mode == "score":
-            if not cfg.data:
-                raise UserError("--mode score needs the text to be scored: give --data")
-            if settings.is_hosted or cfg.text_prompts:
-                raise UserError(
-                    "--mode score needs a server that takes token ids and echoes them with logprobs, such as vLLM or "
-                    "kd/local_teacher.py; Venice and OpenAI score only what they write: use --mode chat"
-                )
-        if cfg.data and cfg.prompts:
-            raise UserError("give --data or --prompts, not both")
-        if self.chat and not (cfg.data or cfg.prompts):
-            raise UserError("a chat needs prompts: give --data or --prompts (only --mode completions can start from nothing)")
-        if tokenizer is None and (cfg.data or not cfg.prompts or (not self.chat and not cfg.text_prompts)):
-            raise UserError("these prompts are token ids: give --tokenizer, the teacher's own")
-
-    def __iter__(self) -> Iterator[Job]:
-        index, source = 0, self.cfg.data or self.cfg.prompts
-        while True:
-            first, own = index, 0
-            for row in self._rows():
-                if self.shard.takes(row if source else {"index": index}):
-                    yield request_of(self.cfg, self.settings, self.tokenizer, self.chat, index, row)
-                    own += 1
-                index += 1
-            if source and not own:
-                of = f" for --shard {self.cfg.shard}" if index > first else ""
-                raise UserError(f"{source} holds no prompts{of}")
-            if self.one_pass:
-                return
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether asking again would give the same answers."""
-        return self.cfg.temperature == 0 or self.cfg.mode == "score"
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if self.cfg.prompts:
-            yield from _json_lines(self.cfg.prompts)
-        elif self.cfg.data:
-            from ae.chunks import PackedData  # lazy: it takes torch seconds to import
-
-            data = PackedData(Path(self.cfg.data) / "train")
-            starts = data.doc_starts
-            for i, start in enumerate(map(int, starts)):
-                end = int(starts[i + 1] if i + 1 < len(starts) else data.n_tokens)
-                if self.cfg.mode == "score":
-                    for first in range(start, end, self.cfg.max_new_tokens):
-                        piece = data.tokens[first : min(first + self.cfg.max_new_tokens, end)].tolist()
-                        yield {"score": [*([data.meta["eot_id"]] if first == start else []), *piece]}
-                    continue
-                ids = data.tokens[start : min(start + self.cfg.prompt_tokens, end - 1)].tolist()  # no end-of-text
-                if ids:
-                    yield {"ids": ids}
-        else:
-            yield {"ids": []}
-
-
-def request_of(
-    cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None, chat: bool, index: int, row: dict[str, Any]
-) -> Job:
-    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"}, {"ids"}, or {"score"}: ids to be scored."""
-    if "score" in row:
-        scoring = {
-            "echo": True,
-            "max_tokens": 0,
-            "temperature": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        }
-        return Job({"model": settings.model, "prompt": row["score"], **scoring}, row["score"])
-    body: dict[str, Any] = {
-        "model": settings.model,
-        "temperature": cfg.temperature,
-        "top_p": 1,  # servers may have defaults of their own, and logprobs are of the whole distribution
-        "seed": 1 + (cfg.seed * 1_000_003 + index) % (2**31 - 1),
-        "max_completion_tokens" if settings.is_hosted else "max_tokens": cfg.max_new_tokens,
-    }
-    if settings.is_venice:
-        body["venice_parameters"] = {"include_venice_system_prompt": False, "disable_thinking": True}
-    if not settings.is_hosted:  # vLLM's fields, which others ignore
-        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        body |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1}  # where a model's generation_config says otherwise
-    messages = row.get("messages")
-    if messages is None and "prompt" in row and chat:
-        messages = [{"role": "user", "content": row["prompt"]}]
-    if messages is not None:
-        if not chat:
-            raise UserError(f"{cfg.prompts} holds chats; harvest them with --mode chat")
-        known = None if tokenizer is None else [int(i) for i in tokenizer.encode_chat(messages, add_generation_prompt=True)]
-        return Job({**body, "messages": messages}, known)
-    if "ids" in row:
-        assert tokenizer is not None
-        ids: list[int] | None = row["ids"]
-        text = tokenizer.decode(row["ids"])
-    else:
-        text = row.get("text") or row["prompt"]
-        ids = None if tokenizer is None else tokenizer.encode(text)
-    if chat:
-        return Job({**body, "messages": [{"role": "user", "content": CONTINUE + text}]}, ids)
-    if cfg.text_prompts:
-        return Job({**body, "prompt": text}, ids)
-    assert tokenizer is not None and ids is not None
-    return Job({**body, "prompt": [tokenizer.eot_id, *ids]}, ids)  # as in packed data, where a document follows another
-
-
-def _json_lines(path: str) -> Iterator[dict[str, Any]]:
-    """Objects with `text`, `prompt` or `messages`. Raises UserError naming the line that is something else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict) or not any(row.get(key) for key in ("text", "prompt", "messages")):
-                    raise UserError(f"{path}:{number}: expected a JSON object with `text`, `prompt` or `messages`")
-                yield {key: row[key] for key in ("text", "prompt", "messages") if row.get(key)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}") from None
-
-
-# ------------------------------------------------------------------------------------------------------ the harvest
 class Harvest:
     """One run: what `harvest` does, with its counts."""
 

@@ -24,9 +24,10 @@ from faulty_server import ByteTokenizer, FaultyServer, harvest_in_a_child
 from ae.chunks import PackedData
 from configs.errors import UserError
 from kd import harvest as harvest_script
-from kd.harvest import HarvestConfig, Summary, harvest, request_of
+from kd.harvest import HarvestConfig, Summary, harvest
 from kd.kd_client import Settings, Stopped
 from kd.limits import Patience
+from kd.prompts import request_of
 from kd.records import Misaligned, TokenTable, parse_answer
 from kd.store import Store
 

@@ -15,9 +15,9 @@ from typing import Any
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import EXIT_USER_ERROR, UserError, run_cli
 from configs.schema import opt, parse_config
-from kd.harvest import HarvestConfig, Job, request_of, uses_chat
 from kd.kd_client import Answer, Dropped, ModelInfo, Settings, Stopped, TeacherClient
 from kd.limits import Patience
+from kd.prompts import HarvestConfig, Job, request_of, uses_chat
 from kd.records import MISSING, Misaligned, TokenTable, parse_answer
 
 PROMPT = "Write a short sentence about a caf\u00e9 in \u6771\u4eac, with an emoji."  # tokens that split characters
