@@ -138,6 +138,7 @@ class StudentTrainConfig(LMTrainConfig):
     local_layers: int = opt(2, "layers of the local decoder")
     local_window: int = opt(64, "tokens each layer of the local decoder sees")
     local_tokens: int = opt(1, "tokens right before its own that the local decoder's input holds, embedded")
+    local_ffn_dim: int | None = opt(None, "width of the local decoder's feed-forward blocks; unset: 2 * AE's embed_dim", low=1)
     local_qk_norm: bool = opt(False, "normalise the queries and keys of the local decoder's heads, as the backbone does")
     local_memory: bool = opt(
         False, "let the local decoder look up what followed where the text read alike, however far back; its windows should "

@@ -121,14 +121,14 @@ class LocalLayer(nn.Module):
     qk_norm: RMSNorm of each head's queries and keys, as in the backbone's layers (arXiv 2302.05442, 2505.09388).
     """
 
-    def __init__(self, dim: int, window: int, qk_norm: bool = False) -> None:
+    def __init__(self, dim: int, window: int, qk_norm: bool, ffn_dim: int) -> None:
         super().__init__()
         self.heads, self.window = max(1, dim // HEAD_DIM), window
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.norm_q, self.norm_k = (nn.RMSNorm(dim // self.heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp = SwiGLU(dim, 2 * dim)
+        self.mlp = SwiGLU(dim, ffn_dim)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, E) -> rotated queries, rotated keys, values, each (B, A, T, d)."""
@@ -214,13 +214,23 @@ class LocalDecoder(nn.Module):
     chunk. The last projection starts at zero, so that training starts as the autoencoder's own parallel decoder.
     """
 
-    def __init__(self, dim: int, layers: int, window: int, qk_norm: bool = False, memory: int = 0, tokens: int = 1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        window: int,
+        qk_norm: bool = False,
+        memory: int = 0,
+        tokens: int = 1,
+        ffn_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.window, self.tokens = window, tokens
         self.memory = Memory(dim, memory) if memory else None
         self.norm_g, self.norm_token = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.enter = nn.Linear((1 + tokens) * dim, dim, bias=False)
-        self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window, qk_norm) for _ in range(layers))  # type: ignore[assignment]
+        ffn_dim = 2 * dim if ffn_dim is None else ffn_dim
+        self.layers: Sequence[LocalLayer] = nn.ModuleList(LocalLayer(dim, window, qk_norm, ffn_dim) for _ in range(layers))  # type: ignore[assignment]
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.exit = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.exit.weight)

@@ -50,7 +50,8 @@ class Scale:
 def recipe() -> dict[str, Any]:
     """What the demo's student is made of beside its sizes; the trainer's defaults where its config is silent."""
     told, default = read_yaml(CONFIGS / "demo_student.yaml"), StudentTrainConfig()
-    names = ("local_layers", "local_window", "local_qk_norm", "local_memory", "latent_bypass", "local_tokens")
+    local = ("local_layers", "local_window", "local_tokens", "local_ffn_dim", "local_qk_norm", "local_memory")
+    names = (*local, "latent_bypass")
     return {name: told.get(name, getattr(default, name)) for name in names}
 
 

@@ -54,6 +54,7 @@ class StudentConfig(BackboneConfig):
     local_memory: bool = False
     latent_bypass: bool = False
     local_tokens: int = 1
+    local_ffn_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +88,9 @@ class Student(nn.Module):
         self.bypass: nn.Linear | None = None
         if cfg.head == "direct" and cfg.local_decoder != "none":
             memory = cfg.k if cfg.local_memory else 0
-            self.local = LocalDecoder(cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory, cfg.local_tokens)
+            self.local = LocalDecoder(
+                cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory, cfg.local_tokens, cfg.local_ffn_dim
+            )
         if cfg.latents == "none":
             self.ae.encoder.requires_grad_(False)  # nothing reads it
             return

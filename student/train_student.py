@@ -74,6 +74,7 @@ def main() -> None:
         ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
         local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents, local_qk_norm=cfg.local_qk_norm,
         local_memory=cfg.local_memory, latent_bypass=cfg.latent_bypass, local_tokens=cfg.local_tokens,
+        local_ffn_dim=cfg.local_ffn_dim,
     )  # fmt: skip
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     total = loop.total_steps(cfg, windows.steps_per_epoch)

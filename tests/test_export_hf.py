@@ -31,7 +31,7 @@ TEXTS = ["def f(x):\n    return x\n", "import", "class A:"]
 TEACHER = {"kind": "token-level", "k": 20, "teacher": ["big-model"], "tokens": 12345, "scored_tokens": 12000}
 STUDENTS: dict[str, dict[str, Any]] = {
     "windowed": {},
-    "remembering": {"local_memory": True, "latent_bypass": True, "local_tokens": 3},
+    "remembering": {"local_memory": True, "latent_bypass": True, "local_tokens": 3, "local_ffn_dim": 24},
     "alone": {"latents": "none"},
     "restarting": {"local_decoder": "restart"},
     "independent": {"local_decoder": "none"},

@@ -32,7 +32,7 @@ def eager(model: Student) -> Sampler:
 MEMORIES: list[dict[str, Any]] = [{}, {"k": 1}, {"k": 8}, {"local_layers": 1}, {"local_layers": 3}]
 VARIANTS: list[dict[str, Any]] = [
     {"local_qk_norm": True}, {"latent_bypass": True}, *({"local_memory": True, **more} for more in MEMORIES),
-    {"local_tokens": 3}, {"local_tokens": 4, "k": 1, "local_memory": True},
+    {"local_tokens": 3, "local_ffn_dim": 24}, {"local_tokens": 4, "k": 1, "local_memory": True},
     {}, {"local_decoder": "none"}, {"k": 1}, {"k": 8}, {"local_window": 2, "local_layers": 3},
     *({"local_window": window} for window in (1, 3, 4, 6, 9, 13)),  # less than a chunk of 4, one, and more
 ]  # fmt: skip

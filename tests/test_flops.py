@@ -38,7 +38,7 @@ STUDENTS: list[dict[str, Any]] = [
     {"local_memory": True},
     {"local_memory": True, "latents": "none", "k": 1, "local_layers": 1},
     {"latent_bypass": True},
-    {"local_tokens": 4},
+    {"local_tokens": 4, "local_ffn_dim": 24},
 ]
 KINDS = [
     "ours",

@@ -33,7 +33,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"local_memory": True, "local_qk_norm": True},
     {"latent_bypass": True},
     {"latent_bypass": True, "latents": "none"},
-    {"local_tokens": 3, "local_memory": True},
+    {"local_tokens": 3, "local_memory": True, "local_ffn_dim": 24},
     {"local_tokens": 3, "local_decoder": "restart"},
 ]
 KINDS = [
