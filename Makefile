@@ -5,8 +5,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
-# Without --no-compile, compiling all of torch and transformers to bytecode takes twice as long as installing them.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 
 DATA ?= data/packed
