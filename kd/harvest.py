@@ -293,9 +293,12 @@ def harvest(
         log(f"at most {client.concurrency} requests at once: more could fail together, and Venice then blocks the key")
     with Store(store_path(cfg, settings)) as store:
         work = Harvest(cfg, client, store, prompts, log)
+        thresholds = gc.get_threshold()
+        gc.set_threshold(50_000)  # an answer is twenty objects a token and no cycles; looking often takes half the time
         try:
             asyncio.run(_harvest(work))
         finally:
+            gc.set_threshold(*thresholds)
             if not cfg.dry_run:
                 for line in work.summary.lines():
                     log(line)
@@ -321,7 +324,6 @@ def load_tokenizer(cfg: HarvestConfig) -> TokenizerLike | None:
 
 
 def main() -> None:
-    gc.set_threshold(50_000)  # an answer is twenty objects a token and no cycles; the default spends half the time on looking
     try:
         harvest(parse_config(HarvestConfig, __doc__))
     except Interrupted:

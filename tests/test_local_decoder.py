@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_student
 from torch import Tensor
 
 from student import local_decoder
@@ -116,6 +117,15 @@ def test_it_starts_as_nothing() -> None:
     with_memory = LocalDecoder(16, 2, 4, memory=2)
     assert (with_memory(*inputs(1, 8)) == 0).all()
     assert with_memory.memory is not None and not with_memory.memory.out.weight.any()
+
+
+def test_its_feed_forward_blocks_are_as_wide_as_told() -> None:
+    def widths(decoder: LocalDecoder) -> set[int]:
+        return {layer.mlp.down.in_features for layer in decoder.layers}
+
+    assert widths(LocalDecoder(16, 2, 4)) == {32} and widths(LocalDecoder(16, 2, 4, ffn_dim=24)) == {24}
+    student = make_student(local_ffn_dim=24)
+    assert student.local is not None and widths(student.local) == {24}
 
 
 KS = [1, 2, 4, 8]
