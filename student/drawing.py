@@ -99,18 +99,20 @@ class Vocabulary(nn.Module):
 
 
 class Int8(Vocabulary):
-    """The product with the table in 8 bits and one scale a row: half the bytes, and an error a little above bfloat16's own.
+    """The product with the table in 8 bits and one scale a row: half of bfloat16's bytes, and an error a little above its own.
 
     For few rows on a CPU, where reading the table is what takes the time: in large batches it is slower than the exact
-    product, and a GPU reads fast enough. The largest entry of a row becomes 127: clipping it instead, scales for blocks of a
-    row, or a rotated table come to the same distribution within a fifth (docs/benchmarks.md).
+    product, and a GPU reads fast enough. Hidden vectors of any type are multiplied as bfloat16: that kernel of torch's is
+    quick on processors without bfloat16, too, the one for float32 slower than the exact product. The largest entry of a
+    row becomes 127: clipping it instead, scales for blocks of a row, or a rotated table come to the same distribution
+    within a fifth (docs/benchmarks.md).
     """
 
     def __init__(self, table: Tensor, never: Tensor) -> None:
         super().__init__(table, never)
         if table.device.type != "cpu":
             raise UserError(f"int8: expected a model on the CPU, got one on {table.device}; leave it out there")
-        scale = (table.float().abs().amax(-1) / 127).clamp(min=1e-30).to(table.dtype)  # (V,), rounded before it is used
+        scale = (table.float().abs().amax(-1) / 127).clamp(min=1e-30).bfloat16()  # (V,), rounded before it is used
         rows = (table.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         rows = nn.functional.pad(rows, (0, -rows.shape[1] % WIDTHS))  # (V, E and zeros)
         self.rows, self.scale = (nn.Parameter(x, requires_grad=False) for x in (rows, scale))
@@ -118,7 +120,7 @@ class Int8(Vocabulary):
     def forward(self, hidden: Tensor) -> Tensor:
         if short := self.rows.shape[1] - hidden.shape[1]:
             hidden = nn.functional.pad(hidden, (0, short))
-        return torch._weight_int8pack_mm(hidden, self.rows, self.scale).float() + self.bias
+        return torch._weight_int8pack_mm(hidden.bfloat16(), self.rows, self.scale).float() + self.bias
 
     def bytes_read(self, rows: int) -> int:
         return self.rows.nbytes + self.scale.nbytes
