@@ -65,10 +65,11 @@ class Gate:
         """Correct the limits from a response's headers."""
         for kind in ("requests", "tokens"):
             limit = number_in(headers.get(f"x-ratelimit-limit-{kind}"))
-            if limit and kind == "requests":
-                self.rpm = min(self.rpm, limit)
-            elif limit:
-                self.tpm = min(self.tpm, limit)
+            if limit is not None and limit > 0:  # some servers write -1 where they set none
+                if kind == "requests":
+                    self.rpm = min(self.rpm, limit)
+                else:
+                    self.tpm = min(self.tpm, limit)
             reset = headers.get(f"x-ratelimit-reset-{kind}")
             if reset and number_in(headers.get(f"x-ratelimit-remaining-{kind}")) == 0:
                 self.pause(min(reset_s(reset), LONGEST_WAIT_S))

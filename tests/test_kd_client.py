@@ -179,6 +179,9 @@ def test_limits_space_requests_and_follow_headers() -> None:
     assert gate.wait_s() == pytest.approx(0.1, abs=0.05)  # one request at 10 a second
     gate.note({"x-ratelimit-limit-requests": "60", "x-ratelimit-limit-tokens": "90000"})
     assert (gate.rpm, gate.tpm) == (60, 60_000)
+    for unlimited in ("-1", "0", "nan", "none"):
+        gate.note({"x-ratelimit-limit-requests": unlimited, "x-ratelimit-limit-tokens": unlimited})
+    assert (gate.rpm, gate.tpm) == (60, 60_000)
     start = time.monotonic()
 
     async def three(client: TeacherClient) -> None:
