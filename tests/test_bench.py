@@ -132,7 +132,7 @@ def test_a_cell_cost_counts_what_is_read() -> None:
     full, screened = (race.cost(student.cfg, v, 1, 32, 2) for v in (Vocabulary(table, never), Screen(table, never, 16, 2)))
     assert screened[0] < full[0] and screened[1] < full[1]
     eight = race.cost(student.cfg, Int8(table, never), 1, 32, 2)
-    assert eight[0] == full[0] and full[1] - eight[1] == 3 * table.numel() - 4 * len(table)  # of 4 bytes, with its scales
+    assert eight[0] == full[0] and full[1] - eight[1] == 3 * table.numel() - 2 * len(table)  # of 4 bytes, and scales of 2
 
 
 def test_screen_quality() -> None:
