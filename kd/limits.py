@@ -65,7 +65,7 @@ class Gate:
         """Correct the limits from a response's headers."""
         for kind in ("requests", "tokens"):
             limit = number_in(headers.get(f"x-ratelimit-limit-{kind}"))
-            if limit is not None and limit > 0:  # some servers write -1 where they set none
+            if limit is not None and limit > 0:  # 0 or -1 says that there is none
                 if kind == "requests":
                     self.rpm = min(self.rpm, limit)
                 else:
