@@ -22,7 +22,7 @@ from configs.errors import UserError
 from student import baseline, train_student
 from tools import ablate, evaluate
 from tools.grid import Grid, current, load_grid, read_rows
-from tools.quality import gain_share, summary, write_section
+from tools.quality import but_for_k, gain_share, summary, write_section
 
 SHARED: dict[str, Any] = {
     "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "seq_len": 8, "batch_size": 4, "max_steps": 4, "lr": 1e-2,
@@ -313,6 +313,12 @@ def test_summary_goes_seed_by_seed() -> None:
     assert entry["latent_gain_share_by_seed"] == [pytest.approx(0.5), pytest.approx(0.75), None]
     assert entry["latent_gain_share"] == pytest.approx(0.625) and "seed 2" in entry["latent_gain_share_reason"]
     assert entry["bits_per_byte_ratio"] == pytest.approx(3.4 / 3.3) and entry["nats_spread"] == pytest.approx(0.2)
+
+
+def test_the_recommended_variant_at_every_k() -> None:
+    small, other = {"ae_ckpt": "8", "seq_len": 64, "lr": 1e-3}, {"ae_ckpt": "4", "seq_len": 128}
+    settings = {"s": small, "s_k4": small | other, "s_fast": small | {"lr": 2e-3}, "t": {"lr": 1e-3, "layers": 4}}
+    assert but_for_k([row(name, 3.4, settings=told) for name, told in settings.items()], "s") == {"s", "s_k4"}
 
 
 def test_a_variant_is_held_against_its_own_control() -> None:

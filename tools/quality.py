@@ -181,11 +181,22 @@ def read_page(folder: str | Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it")
 
 
+def but_for_k(rows: list[Row], name: str) -> set[str]:
+    """The variants that have this one's settings, whatever their K: it comes from the autoencoder."""
+
+    def others(row: Row) -> dict[str, Any]:
+        return {key: value for key, value in row["settings"].items() if key not in ("ae_ckpt", "seq_len")}
+
+    wanted = [others(row) for row in rows if row["name"] == name]
+    return {row["name"] for row in rows if others(row) in wanted}
+
+
 def write_quality(
     folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
     controls: dict[str, str],
 ) -> str:  # fmt: skip
-    """Write quality.md, quality.json, quality_NAME.png and, where K differs, frontier_NAME.png of a grid; returns its section.
+    """Write quality.md, quality.json, quality_NAME.png and, where K differs, frontier_NAME.png of a grid (of the recommended
+    variant, if there is one, at every K, and the token model); returns its section.
 
     rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
     `token_model` and `recommended`; controls: of the variants that have their own. What other grids wrote stays.
@@ -203,8 +214,14 @@ def write_quality(
             curves.setdefault(row["name"], []).append(points)
     if curves:
         quality_curves(curves, folder / f"quality_{name}.png")
-    places = {e["name"]: (e["backbone_steps_per_token"], e["bits_per_byte"]) for e in entries if e["bits_per_byte"]}
-    places = {key: place for key, place in places.items() if place[0]}  # without latents there is no backbone
+    places = {
+        e["name"]: (e["backbone_steps_per_token"], e["bits_per_byte"])
+        for e in entries
+        if e["bits_per_byte"] and e["backbone_steps_per_token"]  # without latents there is no backbone
+    }
+    if roles["recommended"]:
+        alike = {roles["token_model"], *but_for_k(rows, roles["recommended"])}
+        places = {key: place for key, place in places.items() if key in alike}
     plots = [f"quality_{name}.png"] if curves else []
     if len({steps for steps, _ in places.values()}) > 2:  # of several K
         frontier(places, folder / f"frontier_{name}.png")
