@@ -103,7 +103,7 @@ def make_untrained(args: argparse.Namespace, kind: str, device: torch.device, po
     with device:
         if kind == "token":
             return TokenModel(BackboneConfig(**base)).eval()
-        student = Student(StudentConfig(**base, **own, ae_layers=4, pad_id=1, **speed.recipe())).eval()
+        student = Student(StudentConfig(**base, **own, ae_layers=4, pad_id=1, **speed.recipe(own["embed_dim"]))).eval()
     for name, parameter in student.named_parameters():
         if name in ("exit.weight", "bypass.weight", "local.exit.weight", "local.memory.out.weight"):  # they start at zero
             nn.init.normal_(parameter, std=0.02)

@@ -47,12 +47,13 @@ class Scale:
     chunks: int  # of the autoencoder's batch
 
 
-def recipe() -> dict[str, Any]:
-    """What the demo's student is made of beside its sizes; the trainer's defaults where its config is silent."""
+def recipe(embed_dim: int) -> dict[str, Any]:
+    """What the demo's student is made of beside its sizes, for a local decoder of this width; the trainer's defaults where its
+    config is silent."""
     told, default = read_yaml(CONFIGS / "demo_student.yaml"), StudentTrainConfig()
-    local = ("local_layers", "local_window", "local_tokens", "local_ffn_dim", "local_qk_norm", "local_memory")
-    names = (*local, "latent_bypass")
-    return {name: told.get(name, getattr(default, name)) for name in names}
+    names = ("local_layers", "local_window", "local_tokens", "local_qk_norm", "local_memory", "latent_bypass")
+    same = {name: told.get(name, getattr(default, name)) for name in names}
+    return same | {"local_ffn_dim": told["local_ffn_dim"] * embed_dim // read_yaml(CONFIGS / "demo_ae.yaml")["embed_dim"]}
 
 
 def has_variant(model: str, variant: int, device: torch.device) -> bool:
@@ -106,7 +107,7 @@ def make_step(model: str, device: torch.device, scale: Scale | None = None) -> t
         return token_model, token_loss, tokens.numel()
     cfg = StudentConfig(
         **scale.backbone, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim, ae_layers=ae.num_layers,
-        pad_id=1, **recipe(),
+        pad_id=1, **recipe(ae.embed_dim),
     )  # fmt: skip
     student = Student(cfg).to(device)
     pads = torch.zeros(scale.windows, dtype=torch.long, device=device)
