@@ -12,6 +12,7 @@ import torch
 from conftest import run_script
 
 import bench
+from configs.schema import StudentTrainConfig, read_yaml
 from student import speed
 
 CPU = torch.device("cpu")
@@ -26,6 +27,15 @@ def test_a_scale_of_the_race() -> None:
         assert tokens == 512 and all(p.grad is not None for p in module.parameters() if p.requires_grad)
     student, token_model = (speed.make_step(name, CPU, scale)[0].cfg for name in ("student", "token_model"))
     assert all(getattr(student, key) == value == getattr(token_model, key) for key, value in scale.backbone.items())
+
+
+def test_the_recipe_grows_with_the_local_decoder() -> None:
+    """At the demo's width it is the demo's own, at another its feed-forward blocks are as wide beside it."""
+    told = read_yaml(speed.CONFIGS / "demo_student.yaml")
+    width = read_yaml(speed.CONFIGS / "demo_ae.yaml")["embed_dim"]
+    recipe = speed.recipe(width)
+    assert recipe == {name: told.get(name, getattr(StudentTrainConfig(), name)) for name in recipe}
+    assert speed.recipe(2 * width) == recipe | {"local_ffn_dim": 2 * told["local_ffn_dim"]}
 
 
 def test_the_last_row_trains_as_the_demo_does() -> None:
