@@ -80,7 +80,7 @@ def test_a_grid_end_to_end(world: World, tmp_path: Path, capsys: pytest.CaptureF
         "student": {"model": "student", "local_window": 4},
         "local_only": {"model": "student", "latents": "none", "local_window": 4},
         "energy": {"model": "student", "head": "energy", "seeds": [1]},
-        "k2": {"model": "student", "ae_ckpt": "{ae2.ckpt}", "seq_len": 16},
+        "k2": {"model": "student", "local_window": 4, "ae_ckpt": "{ae2.ckpt}", "seq_len": 16},
         "ae2": {"model": "ae", "k": 2, "latent_dim": 16, "embed_dim": 32, "batch_size": 32, "max_steps": 3, "device": "cpu"},
         "token_model": {"model": "token_model", "k": 4},
     }
