@@ -50,6 +50,18 @@ def cpu_settings(rows: int) -> dict[str, Any]:
     }
 
 
+def keep_for_later() -> None:
+    """Have inductor keep what it makes in ~/.cache/latentforge, unless the user named another place.
+
+    Its own choice, a folder that the system may empty, it writes into the environment as soon as it is imported, which
+    transformers does.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "latentforge" / "inductor")
+
+
 class CompiledStep:
     """`torch.compile` as a decoding step wants it: called with tensors and, last, what is constant (the filters).
 
@@ -67,7 +79,7 @@ class CompiledStep:
             return ready(*args)
         import torch._inductor.config as inductor
 
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "latentforge" / "inductor"))
+        keep_for_later()
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         ready = self.ready[args[-1]] = torch.compile(self._own_function(), fullgraph=True, dynamic=False, options=options)
         with (

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_student, make_token_model
 from test_sampler import GREEDY, PROMPTS, Letters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from configs.errors import UserError
-from student.compiled import CompiledStep
+from student.compiled import CompiledStep, keep_for_later
 from student.drawing import Int8, Screen, Vocabulary, draw
 from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
@@ -356,3 +359,17 @@ def test_a_failing_prefill_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> Non
         sampler.add([[5, 6]], [SamplingParams(4)])
     monkeypatch.undo()
     assert sampler.free == 2 and sampler.add([[5, 6]] * 2, [SamplingParams(4)] * 2) == [0, 1]
+
+
+def test_compiled_steps_are_kept_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the temporary folder that torch names as soon as it is imported - unless the user says where."""
+    place = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(place, raising=False)
+    chosen_by_torch = cache_dir()
+    assert os.environ[place] == chosen_by_torch
+    keep_for_later()
+    assert cache_dir() == str(tmp_path / ".cache" / "latentforge" / "inductor")
+    monkeypatch.setenv(place, str(tmp_path / "elsewhere"))
+    keep_for_later()
+    assert cache_dir() == str(tmp_path / "elsewhere")
