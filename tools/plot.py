@@ -1,6 +1,6 @@
 """Draw training runs: loss against training tokens and against time.
 
-python tools/plot.py runs/token_model runs/student --output loss.png
+python tools/plot.py runs/token_model runs/student --output runs/loss.png
 """
 
 from __future__ import annotations
