@@ -2,19 +2,22 @@
 
     python bench.py --student checkpoints/student.pt --baseline checkpoints/token_model.pt --max_new_tokens 128
     python bench.py --race --scale cpu-100m --batch 1 32 --prompt_tokens 32 2048
+    python bench.py --parts --scale cpu-100m --batch 32 --prompt_tokens 32 2048
     python bench.py --screen --student checkpoints/student.pt --data data/packed
     python bench.py --train --scale cpu-100m
 
 The first compares both eager, at batch 1, in float32. `--race` runs both eager and compiled, in the machine's best dtype,
-at every batch and prompt length asked for, and writes runs/race/race.json and a plot; `--screen` measures what the
-vocabulary screen costs in quality; `--train` times training steps. Same prompts, new tokens, threads and dtype for all;
-warmed up, alternating, medians with their range. Backbone steps are counted by hooks and counters, not derived. Peak memory
-is that of a process of its own for each model. Prints a table and, last, one JSON line.
+at every batch and prompt length asked for, and writes runs/race/race.json and a plot; `--parts` times the parts of the
+compiled student's chunk; `--screen` measures what the vocabulary screen costs in quality; `--train` times training steps.
+Same prompts, new tokens, threads and dtype for all; warmed up, alternating, medians with their range. Backbone steps are
+counted by hooks and counters, not derived. Peak memory is that of a process of its own for each model. Prints a table and,
+last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import resource
@@ -36,6 +39,8 @@ from student import race, speed
 from student.baseline import BackboneConfig, TokenModel, load_token_model
 from student.compiled import FEW_ROWS
 from student.drawing import Int8, Screen, Vocabulary
+from student.fast import FastSampler
+from student.parts import chunk_parts
 from student.race import Ids, Lap
 from student.sampler import Sampler, checkpoint_tokenizer, load_sampler
 from student.student_model import Student, StudentConfig
@@ -167,6 +172,34 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     )
     race.table(rows)
     print(json.dumps(result))
+
+
+def run_parts(args: argparse.Namespace, device: torch.device) -> None:
+    """Where the time of the compiled student's chunk goes, at every batch and prompt length."""
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    longest, k, where = race.positions_for(max(args.prompt_tokens), 8, 8), 8, environment()
+    if args.scale == "demo":
+        student, tokenizer = load_trained(args, "student", device)
+        k, longest = student.cfg.k, student.cfg.seq_len
+    else:
+        student, tokenizer = make_untrained(args, "student", device, longest), Ids(SHAPES[args.scale].vocab_size)
+    rows: list[dict[str, Any]] = []
+    for prompt, batch in itertools.product(args.prompt_tokens, args.batch):
+        positions = race.positions_for(prompt, k, k)
+        if positions > longest:
+            raise UserError(
+                f"--prompt_tokens {prompt}: expected at most {(longest - 1) * k} with this student, whose context ends"
+            )
+        sampler = FastSampler(student, tokenizer, slots=batch, positions=positions, dtype=dtype, **vocabulary_for(args, batch))
+        made = chunk_parts(sampler, prompts_of(tokenizer, batch, prompt, 0), race.settings(k, 0), 10 * args.repeats)
+        rows += [{"scale": args.scale, "batch": batch, "prompt_tokens": prompt, **vars(part)} for part in made]
+    print(f"{args.scale}, {dtype}, {where['threads']} threads, {where['processor']}, torch {where['torch']}")
+    print(f"{'batch':>6}{'prompt':>8}  {'part':22}{'ms':>9}{'times':>7}{'ms a chunk':>12}")
+    for r in rows:
+        print(
+            f"{r['batch']:>6}{r['prompt_tokens']:>8}  {r['name']:22}{r['ms']:>9.3f}{r['times']:>7}{r['ms'] * r['times']:>12.2f}"
+        )
+    print(json.dumps({"rows": rows, "dtype": str(dtype), "environment": where}))
 
 
 def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -358,6 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--race", action="store_true", help="eager and compiled, at every batch and prompt length")
+    mode.add_argument("--parts", action="store_true", help="where the time of the compiled student's chunk goes (CPU)")
     mode.add_argument("--screen", action="store_true", help="the vocabulary screen's quality on --data")
     mode.add_argument("--train", action="store_true", help="training steps: what each setting buys")
     parser.add_argument("--student", default="checkpoints/student.pt")
@@ -365,16 +399,18 @@ def main() -> None:
     parser.add_argument("--ae", help="autoencoder checkpoint: checked to fit the student")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="[128; --race: fewer in large batches]")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts [3]")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts [3]; --parts: ten times as many")
     parser.add_argument("--output", help="write the JSON there too [--race: runs/race/race.json]")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--scale", default="demo", choices=("demo", *SHAPES), help="--race, --train; demo: --student, --baseline"
+        "--scale", default="demo", choices=("demo", *SHAPES), help="--race, --parts, --train; demo: --student, --baseline"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="--race [1]")
-    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race [32]")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="--race, --parts [1]")
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race, --parts [32]")
     parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
-    parser.add_argument("--words", type=int, help="--race: words of the screen, 0 exact [demo 0, else 512 up to batch 8]")
+    parser.add_argument(
+        "--words", type=int, help="--race, --parts: words of the screen, 0 exact [demo 0, else 512 up to batch 8]"
+    )
     parser.add_argument("--rank", type=int, default=64, help="--race: rank of the screen [64]")
     parser.add_argument("--int8", action="store_true", help=f"--race: vocabulary in 8 bits up to batch {FEW_ROWS}, no screen")
     parser.add_argument("--evaluate", help="--race: tools/evaluate.py's JSON [beside the checkpoints' folder]")
@@ -391,8 +427,8 @@ def main() -> None:
         raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")
     if args.int8 and args.words:
         raise UserError(f"expected --int8 or --words, got both ({args.words} words); leave one out")
-    if not args.race and (args.int8 or args.words is not None):
-        raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the race of the fast paths; add --race")
+    if not (args.race or args.parts) and (args.int8 or args.words is not None):
+        raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the fast paths; add --race or --parts")
     if args.train:
         shape = None if args.scale == "demo" else vars(SHAPES[args.scale])
         speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)
@@ -404,6 +440,8 @@ def main() -> None:
         print_peak(args, device)
     elif args.race:
         run_race(args, device)
+    elif args.parts:
+        run_parts(args, device)
     elif args.screen:
         run_screen(args, device)
     else:

@@ -342,14 +342,21 @@ class FastSampler(Sampler):
         self.latent_steps += 1
         return self._write(filters)
 
+    def write_latent(self) -> tuple[Tensor, Tensor]:
+        """The first part of a step: what the next chunk's tokens start from, as `LatentStep`."""
+        return self._latent(self.chunk, self.cache, self.length, self.window, self.entries, None)
+
+    def write_token(self, g: Tensor, entered: Tensor, recent: Tensor, j: int, filters: tuple[bool, bool]) -> Tensor:
+        """One of the K parts that follow: token j of every slot, (slots,). g, entered: of all K; recent: as `self.recent`."""
+        return self._token(
+            g[:, j], entered[:, j], recent, self.each[j], self.window, self.entries, self.draws, self.uniform[:, j], filters
+        )
+
     def _write_chunk_of_all(self, filters: tuple[bool, bool]) -> Tensor:
-        g, entered = self._latent(self.chunk, self.cache, self.length, self.window, self.entries, None)
+        g, entered = self.write_latent()
         recent, tokens = self.recent.clone(), []
-        for i, j in enumerate(self.each):
-            uniform = self.uniform[:, i]
-            tokens.append(
-                self._token(g[:, i], entered[:, i], recent, j, self.window, self.entries, self.draws, uniform, filters)
-            )
+        for j in range(self.cfg.k):
+            tokens.append(self.write_token(g, entered, recent, j, filters))
             recent = torch.cat([tokens[-1][:, None], recent[:, :-1]], dim=1)
         self.chunk.copy_(torch.stack(tokens, dim=1))
         self.recent.copy_(recent)

@@ -82,11 +82,30 @@ def test_a_race_in_8_bits(uncompiled: None, tmp_path: Path, capsys: pytest.Captu
     assert rows["token-compiled-screen", 1]["bytes_per_token"] < rows["token-compiled", 1]["bytes_per_token"]
 
 
+def test_the_parts_of_a_chunk(
+    uncompiled: None, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps make up the chunk, and the parts of a token step that step; prompts beyond the context are refused."""
+    monkeypatch.setattr("student.parts.CompiledStep", lambda step, rows: step)
+    flags = ["--parts", "--device", "cpu", "--repeats", 1]
+    assert run_script(bench, *flags, "--scale", "tiny", "--batch", 1, 4, "--prompt_tokens", 9, 100, "--words", 0) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    cells = {(r["batch"], r["prompt_tokens"]): {} for r in rows}
+    for row in rows:
+        cells[row["batch"], row["prompt_tokens"]][row["name"]] = row["ms"] * row["times"]
+    assert list(cells) == [(1, 9), (4, 9), (1, 100), (4, 100)]
+    for ms in cells.values():
+        assert ms["chunk"] > ms["latent step"] > 0 and ms["token step"] > ms["vocabulary product"] > 0, ms
+    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 4) == 0
+    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 400) == 2
+    assert "--prompt_tokens 400: expected at most 28 with this student" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", [[], ["--screen"], ["--train"]])
 @pytest.mark.parametrize("flag", [["--int8"], ["--words", 64]])
 def test_the_races_flags_elsewhere(mode: list[Any], flag: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(bench, *mode, *flag) == 2
-    assert f"{flag[0]} belongs to the race of the fast paths; add --race" in capsys.readouterr().err
+    assert f"{flag[0]} belongs to the fast paths; add --race or --parts" in capsys.readouterr().err
 
 
 def test_8_bits_on_a_gpu_are_refused_before_anything_runs(

@@ -61,8 +61,9 @@ def report(root: Path) -> str:
         f"Text: the interpreter's standard library. {where['processor']}, {where['threads']} threads, torch {where['torch']}, "
         f"transformers {where['transformers']}, Python {where['python']}, commit {where['commit'] or 'unknown'}.",
         "",
-        f"The autoencoder reconstructs {round(ae['chunk_exact'] * ae['chunks']):,} of {ae['chunks']:,} validation chunks of {k} "
-        f"tokens exactly ({ae['token_exact']:.4%} of tokens), {ae['noisy_chunk_exact']:.2%} with N(0, 0.3) noise on the latent.",
+        f"The autoencoder reconstructs {round(ae['chunk_exact'] * ae['chunks']):,} of {ae['chunks']:,} validation chunks of "
+        f"{k} tokens exactly ({ae['token_exact']:.4%} of tokens), {ae['noisy_chunk_exact']:.2%} with N(0, 0.3) noise on the "
+        "latent.",
         "",
         "| | token-level model | student |",
         "|---|---|---|",
