@@ -34,7 +34,7 @@ from student.compiled import CompiledStep, Replayed
 from student.drawing import Vocabulary, draw, make_vocabulary
 from student.local_decoder import LocalDecoder, Memory, MemoryCache
 from student.sampler import Chunk, Row, Sampler, SamplingParams
-from student.static import Cache, StaticBackbone, attend, rotate
+from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, rotate
 from student.student_model import Student
 
 
@@ -106,8 +106,8 @@ class LatentStep(nn.Module):
         """Every entry moves to the front by a chunk, the first W turned by positions -W..-1; the last K are to be written."""
         k = window.bias.shape[1] - size
         for keys, turned, values in zip(window.keys, window.turned, window.values, strict=True):
-            turned[:, :, :size] = rotate(keys[:, :, k:], self.cos, self.sin)
-            keys.copy_(keys.roll(-k, 2))
+            turned[..., :size] = rotate(keys[..., k:].transpose(2, 3), self.cos, self.sin).transpose(2, 3)
+            keys.copy_(keys.roll(-k, 3))
             values.copy_(values.roll(-k, 3))
         window.bias.copy_(F.pad(window.bias[:, k:], (0, k)))
 
@@ -116,7 +116,7 @@ class LatentStep(nn.Module):
         keys, values = memory.entries(entries.states, self.ae.embed(chunk))  # (B, A, K, d)
         rows = torch.arange(len(chunk), device=chunk.device)[:, None]
         at = 1 + (length[:, None] - 1).clamp(min=0) * memory.k + torch.arange(memory.k, device=chunk.device)  # (B, K)
-        entries.keys[rows, :, at] = keys.transpose(1, 2)
+        entries.keys[rows, :, at // BLOCK, :, at % BLOCK] = keys.transpose(1, 2)
         entries.values[rows, :, :, at] = values.transpose(1, 2)
         shown = (length[:, None] - memory.lag) * memory.k
         entries.bias.copy_(
@@ -170,10 +170,9 @@ class TokenStep(nn.Module):
         cos, sin, bias = self.cos[j], self.sin[j], window.bias + self.outside[j]  # (1, d/2), (1, d/2), (B, W + K)
         for layer, keys, turned, values in zip(local.layers, window.keys, window.turned, window.values, strict=True):
             q, k, v = (part[:, :, None] for part in layer.split(x))  # (B, A, 1, d)
-            keys[:, :, local.window + j] = k
-            turned[:, :, local.window + j] = rotate(k, cos, sin)
-            values[..., local.window + j] = v.transpose(2, 3)
-            x = layer.mlp(x + layer.out(attend(rotate(q, cos, sin), turned, values, bias).flatten(1)))
+            for kept, new in ((keys, k), (turned, rotate(k, cos, sin)), (values, v)):
+                kept[..., local.window + j] = new.transpose(2, 3)
+            x = layer.mlp(x + layer.out(attend(rotate(q, cos, sin), turned[:, :, None], values, bias).flatten(1)))
             if layer is local.layers[0] and local.memory is not None and entries is not None:
                 entries.states[:, j] = x[:, None]
                 q = local.memory.queries(x)[:, :, None]  # (B, A, 1, d)
@@ -188,7 +187,7 @@ class Window:
     Keys are kept twice. `turned` by their position in the chunk, -W..K-1, is what queries meet; from the others it is made
     anew at each chunk, so that no rounding adds up however long the text.
 
-    keys, turned: (B, A, W + K, d) a layer; values: (B, A, d, W + K); bias: (B, W + K), -inf before a row begins.
+    keys, turned, values: (B, A, d, W + K) a layer; bias: (B, W + K), -inf before a row begins.
     """
 
     keys: list[Tensor]
@@ -201,8 +200,8 @@ class Window:
 class Entries:
     """The local decoder's memory: `none`, then an entry for each token of a row, left-aligned.
 
-    keys: (B, A, S + 1, d); values: (B, A, d, S + 1); bias: (B, S + 1), -inf where a row may not look; states: (B, K, E), of
-    the chunk being written, what its entries will be made from.
+    In blocks, as the backbone's cache. keys: (B, A, N, d, BLOCK); values: (B, A, d, N * BLOCK); bias: (B, N * BLOCK), -inf
+    where a row may not look; states: (B, K, E), of the chunk being written, what its entries will be made from.
     """
 
     keys: Tensor
@@ -213,11 +212,12 @@ class Entries:
     @classmethod
     def empty(cls, memory: Memory, rows: int, tokens: int, like: Tensor) -> Entries:
         """Room for `tokens` tokens a row, of `like`'s dtype and device."""
-        width = memory.out.in_features
-        none = like.new_zeros(rows, memory.heads, tokens, width // memory.heads)
-        keys, values = memory.with_none(none, none)
-        bias = F.pad(torch.full((rows, tokens), -torch.inf, device=like.device), (1, 0))
-        return cls(keys.contiguous(), values.transpose(2, 3).contiguous(), bias, like.new_zeros(rows, memory.k, width))
+        width, room = memory.out.in_features, blocks(1 + tokens) * BLOCK
+        nothing = like.new_zeros(rows, memory.heads, 0, width // memory.heads)
+        none = memory.with_none(nothing, nothing)  # (B, A, 1, d) each
+        keys, values = (F.pad(x.transpose(2, 3), (0, room - 1)) for x in none)  # (B, A, d, room)
+        bias = F.pad(torch.full((rows, room - 1), -torch.inf, device=like.device), (1, 0))
+        return cls(_in_blocks(keys), values, bias, like.new_zeros(rows, memory.k, width))
 
     def put(self, slots: Tensor, made: MemoryCache, first: Tensor) -> None:
         """What a prompt's pass made goes into slots (n,); row i's own entries begin at first[i]."""
@@ -226,9 +226,15 @@ class Entries:
             self.states[slots] = made.states.to(self.states.dtype)
         if count:
             at = (torch.arange(count, device=slots.device) + first[:, None]).clamp(max=count - 1)  # (n, count)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            for kept, new in ((self.keys, made.keys), (self.values.transpose(2, 3), made.values)):
-                kept[slots, :, 1 : count + 1] = new[rows, :, 1 + at].transpose(1, 2).to(kept.dtype)  # (n, A, count, d)
+            rows, to = torch.arange(len(slots), device=slots.device)[:, None], torch.arange(1, count + 1, device=slots.device)
+            keys, values = (x[rows, :, 1 + at].to(self.keys.dtype) for x in (made.keys, made.values))  # (n, count, A, d)
+            self.keys[slots[:, None], :, to // BLOCK, :, to % BLOCK] = keys
+            self.values[slots[:, None], :, :, to] = values
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(B, A, d, N * BLOCK) -> (B, A, N, d, BLOCK)."""
+    return x.unflatten(3, (-1, BLOCK)).transpose(2, 3).contiguous()
 
 
 class FastSampler(Sampler):
@@ -267,9 +273,8 @@ class FastSampler(Sampler):
         state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk, self.recent]
         if (local := model.local) is not None:
             heads, entries = local.layers[0].heads, local.window + cfg.k
-            shape = (slots, heads, entries, cfg.embed_dim // heads)
+            shape = (slots, heads, cfg.embed_dim // heads, entries)
             keys, turned, values = ([table.new_zeros(shape) for _ in local.layers] for _ in range(3))
-            values = [x.view(*shape[:2], -1, entries) for x in values]
             self.window = Window(keys, turned, values, torch.zeros(slots, entries, device=device))
             state += [*keys, *values, self.window.bias]
             if local.memory is not None:
@@ -428,7 +433,7 @@ class FastSampler(Sampler):
         size = model.local.window
         cos, sin = (x.to(device) for x in turns(-torch.arange(-size, 0) - need * k, model.local))  # back from where they stood
         for kept, keys in zip(self.window.keys, made.keys, strict=True):
-            kept[slots, :, -size:] = rotate(keys, cos, sin)
+            kept[slots, ..., -size:] = rotate(keys, cos, sin).transpose(2, 3)
         for kept, values in zip(self.window.values, made.values, strict=True):
-            kept[slots, :, :, -size:] = values.transpose(2, 3)
+            kept[slots, ..., -size:] = values.transpose(2, 3)
         self.window.bias[slots, -size:] = torch.where(made.seen, 0.0, -torch.inf)

@@ -4,8 +4,8 @@ The layers of a `Qwen3Model`, written out: one product for queries, keys and val
 one query over a cache of fixed size. Rows are aligned at position 0 and each has its own length, so that rows of any
 age share a batch and nothing is ever moved. The student and the token-level model are raced on this same code.
 
-Legend: `B` rows, `L` positions of a prompt, `S` positions of the cache, `H` hidden width, `A` key/value heads, `G` query
-heads for each of them, `d` head width.
+Legend: `B` rows, `L` positions of a prompt, `S` positions of the cache, in `N` blocks of n, `H` hidden width, `A` key/value
+heads, `G` query heads for each of them, `d` head width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers import Qwen3Model
 
 from configs.errors import UserError
 
-Cache = list[tuple[Tensor, Tensor]]  # keys (B, A, S, d) and values (B, A, d, S) of each layer
+BLOCK = 32  # positions whose keys lie side by side: what a processor's widest vectors take at once
+Cache = list[tuple[Tensor, Tensor]]  # keys (B, A, N, d, BLOCK) and values (B, A, d, S) of each layer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,16 +36,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """One query a row: q (B, A, G, d), keys (B, A, S, d), values (B, A, d, S), bias (B, S) -> (B, A, G, d).
+def blocks(positions: int) -> int:
+    """Blocks that hold so many positions."""
+    return -(-positions // BLOCK)
 
-    Products and sums written out: with one query there is nothing to reuse, and the compiler streams the cache once, as both
-    sums are over what lies side by side (values (B, A, S, d) take 1.3 to 1.6 times as long behind 2,000 tokens).
-    `scaled_dot_product_attention` takes 5 to 10 times as long on a CPU in bfloat16.
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """One query a row: q (B, A, G, d), keys (B, A, N, d, n), values (B, A, d, S), bias (B, S), S = N * n -> (B, A, G, d).
+
+    Products and sums written out: with one query there is nothing to reuse, and the compiler streams the cache once, many
+    positions at a time and in the order in which they lie. The softmax's sum divides what was found, not each weight, which
+    would be done anew for each of the d sums. Behind 2,000 tokens that is about as fast as the cache can be read
+    (docs/log.md); `scaled_dot_product_attention` takes 5 to 10 times as long on a CPU in bfloat16.
     """
-    scores = (q[:, :, :, None].float() * keys[:, :, None].float()).sum(-1) * q.shape[-1] ** -0.5  # (B, A, G, S)
-    weights = (scores + bias[:, None, None]).softmax(-1)
-    return (weights[:, :, :, None] * values[:, :, None].float()).sum(-1).to(q.dtype)
+    scores = (q[:, :, :, None, :, None].float() * keys[:, :, None].float()).sum(-2).flatten(3)  # (B, A, G, S)
+    scores = scores * q.shape[-1] ** -0.5 + bias[:, None, None]
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    found = (weights[:, :, :, None] * values[:, :, None].float()).sum(-1)
+    return (found / weights.sum(-1, keepdim=True)).to(q.dtype)
 
 
 class StaticLayer(nn.Module):
@@ -99,15 +108,15 @@ class StaticBackbone(nn.Module):
             )
         self.layers: Sequence[StaticLayer] = nn.ModuleList(StaticLayer(layer, config) for layer in model.layers)  # type: ignore[assignment]
         self.norm, self.eps = nn.Parameter(model.norm.weight.detach().clone(), requires_grad=False), config.rms_norm_eps
-        angle = torch.arange(positions)[:, None] * model.rotary_emb.inv_freq.float().cpu()  # (S, d/2)
+        angle = torch.arange(blocks(positions) * BLOCK)[:, None] * model.rotary_emb.inv_freq.float().cpu()  # (S, d/2)
         self.register_buffer("cos", angle.cos().to(self.norm.device))
         self.register_buffer("sin", angle.sin().to(self.norm.device))
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache of the backbone's positions."""
         first = self.layers[0]
-        keys = first.qkv.new_zeros(rows, first.kv_heads, len(self.cos), first.head_dim)
-        return [(keys.clone(), keys.clone().view(*keys.shape[:2], first.head_dim, -1)) for _ in self.layers]
+        values = first.qkv.new_zeros(rows, first.kv_heads, first.head_dim, len(self.cos))
+        return [(values.clone().view(rows, first.kv_heads, -1, first.head_dim, BLOCK), values.clone()) for _ in self.layers]
 
     def step(self, x: Tensor, cache: Cache, length: Tensor) -> Tensor:
         """x (B, H) is put at position length[b] of each row, in place -> h (B, H), which has seen it and all before it."""
@@ -116,7 +125,7 @@ class StaticBackbone(nn.Module):
         bias = torch.where(torch.arange(len(self.cos), device=x.device) <= length[:, None], 0.0, -torch.inf)  # (B, S)
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
             q, k, v = layer.project(x, cos, sin)
-            keys[rows, :, length] = k
+            keys[rows, :, length // BLOCK, :, length % BLOCK] = k
             values[rows, :, :, length] = v
             attended = attend(q.unflatten(1, (layer.kv_heads, layer.groups)), keys, values, bias)
             x = layer.finish(x, attended.flatten(1))
@@ -130,7 +139,8 @@ class StaticBackbone(nn.Module):
         length = x.shape[1]
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
             q, k, v = (t.transpose(1, 2) for t in layer.project(x, self.cos[:length], self.sin[:length]))  # (n, heads, L, d)
-            keys[rows, :, :length] = k
+            whole = F.pad(k, (0, 0, 0, -length % BLOCK)).unflatten(2, (-1, BLOCK))  # (n, A, blocks, BLOCK, d)
+            keys[rows, :, : blocks(length)] = whole.transpose(3, 4)
             values[rows, :, :, :length] = v.transpose(2, 3)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.groups > 1)
             x = layer.finish(x, attended.transpose(1, 2).flatten(2))
