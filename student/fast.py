@@ -12,7 +12,7 @@ twice as slow, and minutes to compile). On a GPU a whole chunk is one CUDA graph
 as the eager sampler's, as far as rounding allows, whoever shares the batch.
 
 Legend: `B` slots, `n` prompts, `L` chunks of a prompt, `K` tokens a chunk, `E` embedding width, `W` window of the local
-decoder, `A` its heads, `d` their width, `S` tokens of context.
+decoder, `A` its heads, `d` their width, `N` blocks of BLOCK positions, as many as the context takes.
 """
 
 from __future__ import annotations

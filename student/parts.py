@@ -45,8 +45,9 @@ class Logits(nn.Module):
 def chunk_parts(sampler: FastSampler, prompts: Sequence[Sequence[int]], params: SamplingParams, repeats: int) -> list[Part]:
     """The parts of a chunk right behind the prompts, one for each slot of an empty sampler; they take turns, `repeats` times.
 
-    "token steps" and "latent step" make up "chunk"; what follows is part of a token step: the draw's filters by difference,
-    the product alone. Raises UserError for a sampler on a GPU.
+    A latent step and K token steps make up a chunk; what follows is part of a token step: the product alone, the draw's
+    filters by difference. Each finds the processor's cache as another part has left it, so that they add up to a little more
+    than the chunk. Raises UserError for a sampler on a GPU.
     """
     if sampler.length.device.type != "cpu":
         raise UserError(f"--parts: expected the CPU, got {sampler.length.device}; a GPU's kernels are torch.profiler's to show")

@@ -365,7 +365,8 @@ def test_compiled_steps_are_kept_at_home(tmp_path: Path, monkeypatch: pytest.Mon
     """Not in the temporary folder that torch names as soon as it is imported - unless the user says where."""
     place = "TORCHINDUCTOR_CACHE_DIR"
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv(place, raising=False)
+    monkeypatch.setenv(place, "")  # so that what is there, or that nothing is, comes back when the test ends
+    monkeypatch.delenv(place)
     chosen_by_torch = cache_dir()
     assert os.environ[place] == chosen_by_torch
     keep_for_later()
