@@ -48,6 +48,14 @@ from student.student_model import Student, StudentConfig
 PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ", "def test_", '"""Utilities for ')
 
 
+def finish(result: dict[str, Any], output: str | None) -> None:
+    """The last line of what is printed, JSON, and the same in the file that was asked for."""
+    line = json.dumps(result)
+    if output:
+        Path(output).write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
 def count_calls(module: nn.Module, run: Any) -> int:
     """How often `module` is called while `run` runs."""
     return race.count_calls(module, run)
@@ -177,19 +185,16 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
 def run_parts(args: argparse.Namespace, device: torch.device) -> None:
     """Where the time of the compiled student's chunk goes, at every batch and prompt length."""
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    longest, k, where = race.positions_for(max(args.prompt_tokens), 8, 8), 8, environment()
+    where = environment()
     if args.scale == "demo":
         student, tokenizer = load_trained(args, "student", device)
-        k, longest = student.cfg.k, student.cfg.seq_len
     else:
+        longest = race.positions_for(max(args.prompt_tokens), 8, 8)
         student, tokenizer = make_untrained(args, "student", device, longest), Ids(SHAPES[args.scale].vocab_size)
+    k = student.cfg.k
     rows: list[dict[str, Any]] = []
     for prompt, batch in itertools.product(args.prompt_tokens, args.batch):
         positions = race.positions_for(prompt, k, k)
-        if positions > longest:
-            raise UserError(
-                f"--prompt_tokens {prompt}: expected at most {(longest - 1) * k} with this student, whose context ends"
-            )
         sampler = FastSampler(student, tokenizer, slots=batch, positions=positions, dtype=dtype, **vocabulary_for(args, batch))
         made = chunk_parts(sampler, prompts_of(tokenizer, batch, prompt, 0), race.settings(k, 0), 10 * args.repeats)
         rows += [{"scale": args.scale, "batch": batch, "prompt_tokens": prompt, **vars(part)} for part in made]
@@ -199,7 +204,7 @@ def run_parts(args: argparse.Namespace, device: torch.device) -> None:
         print(
             f"{r['batch']:>6}{r['prompt_tokens']:>8}  {r['name']:22}{r['ms']:>9.3f}{r['times']:>7}{r['ms'] * r['times']:>12.2f}"
         )
-    print(json.dumps({"rows": rows, "dtype": str(dtype), "environment": where}))
+    finish({"rows": rows, "dtype": str(dtype), "environment": where}, args.output)
 
 
 def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -366,10 +371,7 @@ def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> N
     result["speedup"] = result["student"]["tokens_per_s"] / result["token_model"]["tokens_per_s"]
     print(f"the student writes {result['speedup']:.2f}x as many tokens a second")
     result["environment"] = where
-    line = json.dumps(result)
-    if args.output:
-        Path(args.output).write_text(line + "\n", encoding="utf-8")
-    print(line)
+    finish(result, args.output)
 
 
 # ---------------------------------------------------------------------------------------------------------- screen
@@ -384,7 +386,7 @@ def run_screen(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{'table':>20}" + "".join(f"{name:>16}" for name in names))
     for row in rows:
         print(f"{row['table']:>20}" + "".join(f"{row[name]:>16.5g}" if name in row else f"{'-':>16}" for name in names))
-    print(json.dumps({"rows": rows, "environment": environment()}))
+    finish({"rows": rows, "environment": environment()}, args.output)
 
 
 def main() -> None:
@@ -434,6 +436,8 @@ def main() -> None:
         speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)
         return
     threads, device = tune_process(), pick_device(args.device)
+    if args.parts and device.type != "cpu":
+        raise UserError(f"--parts: expected the CPU, got {device}; torch.profiler shows a GPU's kernels")
     if args.int8 and device.type != "cpu":
         raise UserError(f"--int8: expected the CPU, got {device}; leave it out there, or give --device cpu")
     if args.peak_of:

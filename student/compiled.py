@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
+
 FEW_ROWS = 4
 
 
@@ -54,12 +56,21 @@ def keep_for_later() -> None:
     """Have inductor keep what it makes in ~/.cache/latentforge, unless the user named another place.
 
     Its own choice, a folder that the system may empty, it writes into the environment as soon as it is imported, which
-    transformers does.
+    transformers does. Raises UserError where there is no home to write to.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "latentforge" / "inductor")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") not in (None, os.path.abspath(default_cache_dir())):
+        return
+    try:
+        folder = Path.home() / ".cache" / "latentforge" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise UserError(
+            f"no place to keep compiled steps: {error}; set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, or run "
+            "without --compile"
+        ) from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 class CompiledStep:

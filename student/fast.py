@@ -212,12 +212,13 @@ class Entries:
     @classmethod
     def empty(cls, memory: Memory, rows: int, tokens: int, like: Tensor) -> Entries:
         """Room for `tokens` tokens a row, of `like`'s dtype and device."""
-        width, room = memory.out.in_features, blocks(1 + tokens) * BLOCK
-        nothing = like.new_zeros(rows, memory.heads, 0, width // memory.heads)
-        none = memory.with_none(nothing, nothing)  # (B, A, 1, d) each
-        keys, values = (F.pad(x.transpose(2, 3), (0, room - 1)) for x in none)  # (B, A, d, room)
-        bias = F.pad(torch.full((rows, room - 1), -torch.inf, device=like.device), (1, 0))
-        return cls(_in_blocks(keys), values, bias, like.new_zeros(rows, memory.k, width))
+        count, width, heads = blocks(1 + tokens), memory.out.in_features, memory.heads
+        nothing = like.new_zeros(rows, heads, 0, width // heads)
+        keys = like.new_zeros(rows, heads, count, width // heads, BLOCK)
+        values = like.new_zeros(rows, heads, width // heads, count * BLOCK)
+        keys[:, :, 0, :, 0], values[..., 0] = (x[:, :, 0] for x in memory.with_none(nothing, nothing))
+        bias = F.pad(torch.full((rows, count * BLOCK - 1), -torch.inf, device=like.device), (1, 0))
+        return cls(keys, values, bias, like.new_zeros(rows, memory.k, width))
 
     def put(self, slots: Tensor, made: MemoryCache, first: Tensor) -> None:
         """What a prompt's pass made goes into slots (n,); row i's own entries begin at first[i]."""
@@ -230,11 +231,6 @@ class Entries:
             keys, values = (x[rows, :, 1 + at].to(self.keys.dtype) for x in (made.keys, made.values))  # (n, count, A, d)
             self.keys[slots[:, None], :, to // BLOCK, :, to % BLOCK] = keys
             self.values[slots[:, None], :, :, to] = values
-
-
-def _in_blocks(x: Tensor) -> Tensor:
-    """(B, A, d, N * BLOCK) -> (B, A, N, d, BLOCK)."""
-    return x.unflatten(3, (-1, BLOCK)).transpose(2, 3).contiguous()
 
 
 class FastSampler(Sampler):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
 from student.compiled import CompiledStep
 from student.drawing import Vocabulary
 from student.fast import FastSampler, filters_of
@@ -47,10 +46,8 @@ def chunk_parts(sampler: FastSampler, prompts: Sequence[Sequence[int]], params: 
 
     A latent step and K token steps make up a chunk; what follows is part of a token step: the product alone, the draw's
     filters by difference. Each finds the processor's cache as another part has left it, so that they add up to a little more
-    than the chunk. Raises UserError for a sampler on a GPU.
+    than the chunk. Raises UserError for prompts that do not fit.
     """
-    if sampler.length.device.type != "cpu":
-        raise UserError(f"--parts: expected the CPU, got {sampler.length.device}; a GPU's kernels are torch.profiler's to show")
     sampler.add(prompts, [params] * len(prompts))
     filters, length, recent = filters_of([params]), sampler.length.clone(), sampler.recent.clone()
     sampler.uniform.copy_(torch.rand(sampler.uniform.shape, generator=torch.Generator().manual_seed(params.seed)))

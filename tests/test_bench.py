@@ -83,7 +83,7 @@ def test_a_race_in_8_bits(uncompiled: None, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_parts_of_a_chunk(
-    uncompiled: None, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    uncompiled: None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The steps make up the chunk, and the parts of a token step that step; prompts beyond the context are refused."""
     monkeypatch.setattr("student.parts.CompiledStep", lambda step, rows: step)
@@ -96,9 +96,14 @@ def test_the_parts_of_a_chunk(
     assert list(cells) == [(1, 9), (4, 9), (1, 100), (4, 100)]
     for ms in cells.values():
         assert ms["chunk"] > ms["latent step"] > 0 and ms["token step"] > ms["vocabulary product"] > 0, ms
-    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 4) == 0
-    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 400) == 2
-    assert "--prompt_tokens 400: expected at most 28 with this student" in capsys.readouterr().err
+    output = tmp_path / "parts.json"
+    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 28, "--output", output) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(output.read_text())
+    assert run_script(bench, *flags, "--student", world.student, "--prompt_tokens", 29) == 2
+    assert "the prompt has 29 tokens" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "pick_device", torch.device)
+    assert run_script(bench, "--parts", "--device", "cuda") == 2
+    assert "--parts: expected the CPU, got cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [[], ["--screen"], ["--train"]])

@@ -374,3 +374,7 @@ def test_compiled_steps_are_kept_at_home(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(place, str(tmp_path / "elsewhere"))
     keep_for_later()
     assert cache_dir() == str(tmp_path / "elsewhere")
+    monkeypatch.delenv(place)
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(UserError, match="set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"):
+        keep_for_later()
