@@ -316,7 +316,7 @@ def test_summary_goes_seed_by_seed() -> None:
 
 
 def test_the_recommended_variant_at_every_k() -> None:
-    small, other = {"ae_ckpt": "8", "seq_len": 64, "lr": 1e-3}, {"ae_ckpt": "4", "seq_len": 128}
+    small, other = {"ae_ckpt": "8", "seq_len": 64, "lr": 1e-3}, {"ae_ckpt": "4", "seq_len": 128, "compile": True}
     settings = {"s": small, "s_k4": small | other, "s_fast": small | {"lr": 2e-3}, "t": {"lr": 1e-3, "layers": 4}}
     assert but_for_k([row(name, 3.4, settings=told) for name, told in settings.items()], "s") == {"s", "s_k4"}
 

@@ -182,10 +182,10 @@ def read_page(folder: str | Path) -> dict[str, Any]:
 
 
 def but_for_k(rows: list[Row], name: str) -> set[str]:
-    """The variants that have this one's settings, whatever their K: it comes from the autoencoder."""
+    """The variants that have this one's settings, whatever their K, which comes from the autoencoder, and compiled or not."""
 
     def others(row: Row) -> dict[str, Any]:
-        return {key: value for key, value in row["settings"].items() if key not in ("ae_ckpt", "seq_len")}
+        return {key: value for key, value in row["settings"].items() if key not in ("ae_ckpt", "seq_len", "compile")}
 
     wanted = [others(row) for row in rows if row["name"] == name]
     return {row["name"] for row in rows if others(row) in wanted}
