@@ -1,8 +1,9 @@
-"""Reading of files that may be damaged or made to harm: in bounded memory, and a UserError for what is no such file."""
+"""Text files: read in bounded memory, with a UserError for what is damaged or made to harm; written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def read_text(path: str | Path, largest: int = LARGEST_JSON) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read: it is not UTF-8 text") from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that `path` holds either what it held before or all of `text`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
 from configs.muon import Float32Muon
-from configs.parallel import Losses, Replicas, World, join, read_about, whole_saves, world
+from configs.parallel import OLD, Losses, Replicas, World, join, read_about, set_aside, whole_saves, world
 from configs.run import (
     Run,
     has_fast_bf16,
@@ -58,6 +58,9 @@ class NoRun(Run):
     def metrics(self, **values: Any) -> None:
         pass
 
+    def describe(self, config: dict[str, Any]) -> None:
+        pass
+
     def go_on_from(self, step: int) -> None:
         pass
 
@@ -84,7 +87,7 @@ def start(name: str, cfg: TrainConfig) -> Setup:
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
     run: Run = NoRun(says=here.first)
     if here.first and not cfg.dry_run:
-        run = Run(cfg.run_dir or f"runs/{name}", as_dict(cfg), cfg.tensorboard)
+        run = Run(cfg.run_dir or f"runs/{name}", cfg.tensorboard)
     setup = Setup(run, device, bf16, wants_compile(cfg.compile, device), here)
     torch.manual_seed(cfg.seed)
     how = ("bfloat16 autocast" if bf16 else "float32") + (", compiled" if setup.compile else "")
@@ -195,17 +198,29 @@ def fit(
     state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
     if here.first:
         remove_temporaries(folder, name)
+    if here.first and not cfg.resume and not here.restarts:  # what restarts must not go on from another training's save
+        set_aside(shards)
+        if state_path.exists():
+            state_path.replace(state_before(state_path))
     saved = whole_saves(shards) if replicas.sharded else saved_states(state_path)
-    if cfg.resume or (here.restarts and saved):
+    own = saved and (not saved[0].name.startswith(OLD) if replicas.sharded else state_path.exists())
+    if cfg.resume or (here.restarts and own):
         state = replicas.in_turn(_saved_state, name, shards if replicas.sharded else state_path, saved, cfg, content, run)
-        first = state["step"]
+        first, source = state["step"], saved[0] if replicas.sharded else state_path
+        if first > total:
+            raise UserError(f"--resume: {source} is at step {first}, past the {total} that were asked for; raise --max_steps")
+        decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in every]
         if replicas.sharded:
             replicas.load_shards(saved[0], every)
         else:
             load_weights(model, state["state"], state_path)
             for optimizer, kept in zip(every, state.get("optimizers") or [state["optimizer"]], strict=True):
                 optimizer.load_state_dict(kept)
-        run.log(f"{name}: resumed at step {first} of {total} from {saved[0] if replicas.sharded else state_path}")
+        for optimizer, asked_for in zip(every, decays, strict=True):  # the save has its own
+            for group, decay in zip(optimizer.param_groups, asked_for, strict=True):
+                group["weight_decay"] = decay
+        run.log(f"{name}: resumed at step {first} of {total} from {source}")
+    run.describe(as_dict(cfg))
     run.go_on_from(first)
 
     def save_model(step: int, figures: dict[str, Any]) -> None:

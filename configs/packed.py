@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from configs.files import read_json
+from configs.files import read_json, replace_text
 
 FORMAT = "latentforge-packed"
 VERSION = 1
@@ -26,9 +26,13 @@ def id_dtype(count: int) -> np.dtype:
 
 def write_header(folder: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, whole or not at all."""
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps({"format": FORMAT, "version": VERSION, **meta}, indent=1), encoding="utf-8")
-    temporary.replace(folder / "meta.json")
+    replace_text(folder / "meta.json", json.dumps({"format": FORMAT, "version": VERSION, **meta}, indent=1))
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder is a packed split of this project, of any version. Raises UserError where its header is damaged."""
+    header = folder / "meta.json"
+    return header.is_file() and read_json(header).get("format") == FORMAT
 
 
 class Packed:

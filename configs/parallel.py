@@ -30,12 +30,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.files import read_json
+from configs.files import read_json, replace_text
 from configs.schema import LMTrainConfig, TrainConfig
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others
 ABOUT = "about.json"  # of a sharded save: written last
+OLD = "old-"  # before the name of a save that a training before this one made
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,9 @@ class Replicas:
         weights, states = get_state_dict(self.model, optimizers)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=place)
         if self.here.first:
-            temporary = place / f".{ABOUT}.tmp"
-            temporary.write_text(json.dumps(about), encoding="utf-8")
-            temporary.replace(place / ABOUT)
+            replace_text(place / ABOUT, json.dumps(about))
             kept = whole_saves(folder)[:2]
-            for old in folder.glob("step-*"):
+            for old in folder.glob("*step-*"):
                 if old not in kept:
                     shutil.rmtree(old)
         dist.barrier()
@@ -245,8 +244,17 @@ class Replicas:
 
 
 def whole_saves(folder: Path) -> list[Path]:
-    """The finished sharded saves in `folder`, newest first."""
-    return sorted((about.parent for about in folder.glob(f"step-*/{ABOUT}")), reverse=True)
+    """The finished sharded saves in `folder`, newest first; last those of a training before this one."""
+    found = [about.parent for about in folder.glob(f"*step-*/{ABOUT}")]
+    return sorted(found, key=lambda place: (not place.name.startswith(OLD), place.name), reverse=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Mark all sharded saves as those of a training before: what begins anew has other weights at the same steps."""
+    for place in folder.glob("step-*"):
+        old = place.with_name(OLD + place.name)
+        shutil.rmtree(old, ignore_errors=True)
+        place.replace(old)
 
 
 def read_about(place: Path) -> dict[str, Any]:

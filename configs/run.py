@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from configs.errors import UserError
-from configs.files import read_text
+from configs.files import read_json_lines, read_text, replace_text
 
 M = TypeVar("M", bound=torch.nn.Module)
 FORMAT = "latentforge-checkpoint"
@@ -120,14 +120,17 @@ class Run:
     package is not installed.
     """
 
-    def __init__(self, folder: str | Path, config: dict[str, Any], tensorboard: bool = False) -> None:
+    def __init__(self, folder: str | Path, tensorboard: bool = False) -> None:
         self._tensorboard = _tensorboard_writer() if tensorboard else None
         self._events: Any = None
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        (self.folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
         self._start = time.time()
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Write config.yaml and environment.json: once nothing speaks against the run, as the folder may hold another's."""
+        replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        replace_text(self.folder / "environment.json", json.dumps(environment(), indent=1))
 
     def log(self, line: str) -> None:
         """One line for people: standard error and log.txt."""
@@ -158,9 +161,7 @@ class Run:
         if not all(isinstance(n, int) and isinstance(seconds, (int, float)) for n, seconds in told):
             raise UserError(f"{path} is damaged: expected JSON objects with step and time; move it away, then --resume")
         lines = [line for line in lines if line["step"] <= step and not line.get("final")]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)  # a kill in the middle must not lose the lines
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # a kill in the middle must not lose the lines
         self._start -= lines[-1]["time"] if lines else 0.0
         if self._tensorboard:  # its events can only be added to: written anew, they are what metrics.jsonl is
             for old in self.folder.glob("events.out.tfevents.*"):
@@ -178,6 +179,12 @@ class Run:
                     if isinstance(value, (int, float)) and key not in ("step", "time", "final"):
                         self._events.add_scalar(group + key, value, line["step"], walltime=self._start + line["time"])
             self._events.flush()
+
+
+def training_ended(folder: Path) -> bool:
+    """Whether the training of this run folder came to its end (asked to stop, a trainer saves and may exit with 0, too)."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(line.get("final") for line in read_json_lines(path)[-1:])
 
 
 def _tensorboard_writer() -> Callable[[str], Any]:

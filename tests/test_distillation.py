@@ -225,7 +225,7 @@ def test_validation_counts_scored_positions_after_the_first_chunk(world: World, 
     from configs.loop import Setup
     from configs.run import Run
 
-    setup = Setup(Run(at_teacher / "run", {}), torch.device("cpu"), bf16=False, compile=False)
+    setup = Setup(Run(at_teacher / "run"), torch.device("cpu"), bf16=False, compile=False)
     found = teacher.validate(model, setup, limit=4, batch_size=3)["kl_to_teacher"]
     tokens, ids, logprobs = teacher.val.windows([i * context for i in range(4)], context)
     with torch.no_grad():

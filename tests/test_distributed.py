@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_LM, World, make_ae, make_student, run_script
 
-from configs.parallel import slices, whole_saves
+from configs.parallel import set_aside, slices, whole_saves
 from kd.losses import mean_kl, scored_positions
 from student import baseline, train_student
 from student.baseline import load_token_model
@@ -124,12 +125,30 @@ def test_a_sharded_model_is_one_file_in_the_end(runs: Path) -> None:
     assert [save.name for save in whole_saves(saves[0].parent)] == ["step-00000004"]
 
 
-def test_a_killed_process_costs_the_steps_since_the_last_save(world: World, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "resumed"), [(3, True), (1, False)])
+def test_a_killed_process_costs_the_steps_since_the_last_save(
+    world: World, runs: Path, tmp_path: Path, step: int, resumed: bool
+) -> None:
+    """And where it had saved nothing yet, it begins anew: not where another training ended that wrote to the same folder."""
+    shutil.copytree(runs / "student-1x1", tmp_path, dirs_exist_ok=True)
     flags = flags_of(world, tmp_path, *STUDENT, "--ae_ckpt", world.ae, "--max_steps", STEPS, "--grad_accum", 2)
-    done = torchrun(["die at", 3], ["student", *flags], restarts=1)
+    done = torchrun(["die at", step], ["student", *flags], restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed at step 2 of 6" in done.stderr
+    assert ("resumed at step 2 of 6" in done.stderr) == resumed
     same(runs / "student-2x2", tmp_path, "student")
+
+
+def test_shards_of_a_training_before_come_last_and_go_first(tmp_path: Path) -> None:
+    def saved(step: int) -> None:
+        (tmp_path / f"step-{step:08}").mkdir()
+        (tmp_path / f"step-{step:08}" / "about.json").write_text("{}")
+
+    for step in (750, 800):
+        saved(step)
+    set_aside(tmp_path)
+    saved(500)
+    names = ["step-00000500", "old-step-00000800", "old-step-00000750"]
+    assert [place.name for place in whole_saves(tmp_path)] == names
 
 
 def test_the_mean_of_the_slices_is_the_loss_of_the_batch() -> None:

@@ -408,7 +408,7 @@ def test_damaged_files(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("line", ["[1]", "3", '{"step": "1", "time": 0}', '{"step": 1}', '{"loss": 5.0}'])
 def test_a_run_with_damaged_metrics_is_not_resumed(tmp_path: Path, line: str) -> None:
-    run, sound = Run(tmp_path, {}), '{"step": 1, "time": 0.5}\n'
+    run, sound = Run(tmp_path), '{"step": 1, "time": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_text(sound + line + "\n")
     with pytest.raises(UserError, match="is damaged"):
         run.go_on_from(1)

@@ -68,10 +68,42 @@ def test_resume_refuses_another_model_and_no_state(world: World, tmp_path: Path,
     assert run_script(train_ae, *flags, "--max_steps", 1, "--resume") == 2
     assert "ae.state.pt does not exist" in capsys.readouterr().err
     assert run_script(train_ae, *flags, "--max_steps", 1) == 0
+    described = (tmp_path / "run/config.yaml").read_text()
     assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--latent_dim", 24) == 2
     assert "another model (different latent_dim)" in capsys.readouterr().err
+    assert (tmp_path / "run/config.yaml").read_text() == described  # still of the run that is there
     assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--lr", 0.5) == 0
     assert "another run than the one that was saved: lr 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_resume_refuses_fewer_steps(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world)]
+    assert run_script(train_ae, *flags, "--max_steps", 3) == 0
+    before = (tmp_path / "checkpoints/ae.pt").read_bytes()
+    assert run_script(train_ae, *flags, "--max_steps", 2, "--resume") == 2
+    assert "is at step 3, past the 2 that were asked for" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints/ae.pt").read_bytes() == before
+
+
+def test_a_resumed_run_has_the_weight_decay_that_it_says(world: World, tmp_path: Path) -> None:
+    flags = [*flags_of("token_model", world), "--weight_decay", 0.1, "--lr", 0.01, "--warmup_steps", 0, "--lr_decay", 0]
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 2) == 0
+    assert run_script(baseline, *world.train_flags(one), *flags, "--max_steps", 4, "--resume") == 0
+    assert run_script(baseline, *world.train_flags(other), *flags, "--max_steps", 4, "--resume", "--weight_decay", 50) == 0
+    sizes = [sum(x.square().sum().item() for x in weights(folder, "token_model").values()) for folder in (one, other)]
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+def test_a_new_start_keeps_the_save_of_the_run_before_until_it_has_its_own(world: World, tmp_path: Path) -> None:
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--max_steps", 2]
+    assert run_script(train_ae, *flags) == 0
+    first = (tmp_path / "checkpoints/ae.state.pt").read_bytes()
+    assert run_script(train_ae, *flags, "--seed", 1) == 0
+    assert (tmp_path / "checkpoints/ae.state.prev.pt").read_bytes() == first
+    assert run_script(train_ae, *flags, "--seed", 1, "--resume", "--max_steps", 3) == 0
+    assert (tmp_path / "checkpoints/ae.state.prev.pt").read_bytes() != first
 
 
 def test_muon_has_the_matrices(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
