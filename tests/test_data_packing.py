@@ -305,12 +305,15 @@ def test_a_run_that_dies_midway_destroys_nothing(run: Any, tmp_path: Path, monke
     assert {entry.name for entry in tmp_path.iterdir()} == {"a.jsonl", "out"}  # no temporary folder stays
 
 
-def test_a_foreign_folder_is_not_replaced(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"thesis\.tex"):
+@pytest.mark.parametrize("place", ["thesis.tex", "train/thesis.tex", "tokenizer/thesis.tex", "train/meta.json"])
+def test_a_foreign_folder_is_not_replaced(run: Any, tmp_path: Path, place: str) -> None:
+    """Also not one whose folders merely have the names of ours: a text collection in train/ and val/."""
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.write_text('{"precious": 1}')
+    with pytest.raises(UserError, match="would be replaced"):
         run(write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+    assert path.read_text() == '{"precious": 1}'
 
 
 def test_exit_codes_and_default_tokenizer(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from ae.chunks import PackedWriter
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError, run_cli
+from configs.packed import is_packed
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 MAX_DOCUMENT = 1 << 20  # characters
@@ -383,9 +384,11 @@ def check_output(output: Path) -> None:
     """Only a folder that packing has written may be replaced. Raises UserError."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; expected a folder")
-    other = sorted({entry.name for entry in output.iterdir()} - PARTS) if output.exists() else []
-    if other:
+    held = {entry.name for entry in output.iterdir()} if output.exists() else set()
+    if other := sorted(held - PARTS):
         raise UserError(f"--output {output} would be replaced, but holds other things ({', '.join(other[:3])}); choose another")
+    if held and not all(is_packed(output / split) for split in {"train", *held} - {"tokenizer"}):
+        raise UserError(f"--output {output} would be replaced, but is no packed data; choose another, or remove it")
 
 
 def replace_folder(new: Path, output: Path) -> None:
