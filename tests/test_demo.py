@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
-from tools import demo
+from configs.errors import UserError
+from tools import demo, report
 from tools.demo import Stage
 
 
@@ -25,6 +26,10 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool
         for path in filter(None, [*stage.outputs, stage.state, stage.stdout]):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("x")
+        if stage.run:
+            ended = not (tmp_path / f"stop {stage.name}").exists()
+            stage.run.mkdir(exist_ok=True)
+            (stage.run / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 1, **({"final": True} if ended else {})}))
         if (tmp_path / f"interrupt {stage.name}").exists():
             raise KeyboardInterrupt
 
@@ -66,14 +71,15 @@ def test_another_command_runs_it_and_what_follows_again(
     assert ran == [(name, False) for name in all_names[all_names.index("student") :]]
 
 
+@pytest.mark.parametrize("how", ["interrupt", "stop"])  # Ctrl-C; SIGTERM, at which a trainer saves and exits with 0
 def test_an_interrupted_training_resumes(
-    tmp_path: Path, ran: list[tuple[str, bool]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ran: list[tuple[str, bool]], capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     root = tmp_path / "run"
-    (tmp_path / "interrupt token model").touch()
+    (tmp_path / f"{how} token model").touch()
     assert run_script(demo, "--quick", "--output", root) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
-    (tmp_path / "interrupt token model").unlink()
+    (tmp_path / f"{how} token model").unlink()
     ran.clear()
     assert run_script(demo, "--quick", "--output", root) == 0
     all_names = names(root)
@@ -81,6 +87,25 @@ def test_an_interrupted_training_resumes(
     assert ran == [(name, name == "token model") for name in expected]
     record = json.loads((root / "stages.json").read_text())
     assert all("seconds" in record[name] for name in all_names)
+
+
+def test_a_damaged_record_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "stages.json").write_text("")
+    assert run_script(demo, "--quick", "--output", tmp_path) == 2
+    assert "stages.json cannot be read" in capsys.readouterr().err
+
+
+def test_no_report_of_a_training_that_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"step": 1, "tokens": 8, "time": 1, "loss": 2.0, "ce": 2.0}
+    for name in ("ae", "token_model", "student"):
+        (tmp_path / name).mkdir()
+        lines = [line, line if name == "student" else {**line, "final": True}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    figures = {"ae": {}, **{key: {"nll_by_position": [1.0, 2.0]} for key in ("token_model", "student")}}
+    for name, content in (("evaluate", figures), ("bench", {"environment": {}}), ("stages", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"the training of student in .* has not ended"):
+        report.report(tmp_path)
 
 
 def test_a_failed_stage_ends_the_demo() -> None:

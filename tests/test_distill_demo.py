@@ -26,7 +26,9 @@ def row(name: str, seed: int, kl: float) -> dict[str, Any]:
 def test_the_chain_and_its_report(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root, ran = tmp_path / "d", list[Stage]()
+    root, ran, teacher = tmp_path / "d", list[Stage](), tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model.safetensors").write_bytes(b"weights")
     grid = yaml.safe_load((Path(distill_demo.ROOT) / "configs/ablate_distill_demo.yaml").read_text())
     grid |= {"data": str(root / "packed"), "output": str(root / "runs"), "ae": str(world.ae)}
     grid["shared"] |= {"hidden_dim": 32, "seq_len": 8}
@@ -39,11 +41,11 @@ def test_the_chain_and_its_report(
             if path.suffix != ".sqlite":
                 path.write_text("Once upon a time")
         if stage.name == "harvest":
-            with Store(root / "teacher.sqlite") as store:
+            with Store(stage.outputs[0]) as store:
                 answer = json.dumps({"choices": [{"text": "a story"}]}).encode()
                 store.put({}, answer, model="t", template=1, prompt_ids=[], prompt_tokens=1, completion_tokens=2, cost=0.0)
         if stage.name.startswith("training"):
-            (root / "runs").mkdir()
+            (root / "runs").mkdir(exist_ok=True)
             rows = [row("student_ce", 0, 0.4), row("student_kd", 0, 0.3), row("token_model_kd", 0, 0.2)]
             (root / "runs" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -57,7 +59,7 @@ def test_the_chain_and_its_report(
     monkeypatch.setenv("VENICE_API_KEY", "unset")
     flags = [
         "--teacher",
-        world.root / "tokenizer",
+        teacher,
         "--grid",
         tmp_path / "grid.yaml",
         "--n_tokens",
@@ -76,6 +78,9 @@ def test_the_chain_and_its_report(
     assert harvest[harvest.index("--max_new_tokens") + 1] == str(window - window // 8 - 1)
     ran.clear()
     assert run_script(distill_demo, *flags) == 0 and not ran
+    (teacher / "model.safetensors").write_bytes(b"other weights under the same name")
+    assert run_script(distill_demo, *flags) == 0 and [stage.name for stage in ran] == names
+    assert len(list(root.glob("teacher-*.sqlite"))) == 2
 
 
 def test_share() -> None:

@@ -20,21 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import EXIT_INTERRUPTED, UserError, run_cli
-from configs.run import saved_states
+from configs.files import read_json, replace_text
+from configs.run import saved_states, training_ended
+from tools.grid import digest
 
 PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ")
 
 
 @dataclass
 class Stage:
-    """One command of the chain. `outputs` and `stdout` must exist afterwards; `state` is what a training can resume from."""
+    """One command of the chain. `outputs` and `stdout` must exist afterwards. A training has a run folder, and `state` is what
+    it can resume from."""
 
     name: str
     command: list[str]
     outputs: list[Path]
-    reads: list[Path] = field(default_factory=list)  # configs that its result depends on
+    reads: list[Path] = field(default_factory=list)  # configs and checkpoints that its result depends on, by content
     state: Path | None = None
     stdout: Path | None = None
+    run: Path | None = None
 
 
 def stages(root: Path, quick: bool) -> list[Stage]:
@@ -43,13 +47,12 @@ def stages(root: Path, quick: bool) -> list[Stage]:
     ae, token_model, student = (checkpoints / f"{name}.pt" for name in ("ae", "token_model", "student"))
 
     def train(name: str, script: str, checkpoint: Path, steps: int, *extra: str) -> Stage:
-        config = Path(f"configs/demo_{checkpoint.stem}.yaml")
+        config, run = Path(f"configs/demo_{checkpoint.stem}.yaml"), root / checkpoint.stem
         command = [script, "--config", str(config), "--data", str(packed), "--checkpoint_dir", str(checkpoints)]
-        command += ["--run_dir", str(root / checkpoint.stem), *extra]
+        command += ["--run_dir", str(run), *extra]
         command += ["--set", f"max_steps={steps}"] if quick else []
-        return Stage(
-            name, command, [checkpoint], [config], checkpoint.with_suffix(".state.pt"), root / f"{checkpoint.stem}.json"
-        )
+        state, stdout = checkpoint.with_suffix(".state.pt"), root / f"{checkpoint.stem}.json"
+        return Stage(name, command, [checkpoint], [config], state, stdout, run)
 
     models = ["--ae", str(ae), "--student", str(student)]
     both = [*models, "--baseline", str(token_model)]
@@ -109,10 +112,9 @@ def run_chain(root: Path, chain: list[Stage]) -> int:
     """Run the stages that are not done yet, keeping the record of `root`/stages.json; returns an exit code."""
     root.mkdir(parents=True, exist_ok=True)
     record_path, key = root / "stages.json", ""
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record = read_json(record_path) if record_path.exists() else {}
     for number, stage in enumerate(chain, 1):
-        text = json.dumps([key, stage.command]) + "".join(path.read_text() for path in stage.reads)
-        key = hashlib.sha256(text.encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([key, stage.command, *map(digest, stage.reads)]).encode()).hexdigest()
         before = record.get(stage.name, {})
         same = before.get("key") == key
         title = f"[{number:2}/{len(chain)}] {stage.name}"
@@ -126,11 +128,13 @@ def run_chain(root: Path, chain: list[Stage]) -> int:
 
         def note(result: str, stage: Stage = stage, key: str = key, start: float = start, spent: float = spent) -> None:
             record[stage.name] = {"key": key, result: round(spent + time.time() - start, 1)}
-            record_path.write_text(json.dumps(record, indent=1))
+            replace_text(record_path, json.dumps(record, indent=1))
 
         note("spent")  # first, so that a killed training is resumed too
         try:
             run_stage(stage, resume)
+            if stage.run and not training_ended(stage.run):  # it was asked to stop: it saved, and exited with 0
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             note("spent")
             print(f"\ninterrupted in {stage.name!r}; the same command goes on from there", file=sys.stderr)

@@ -11,6 +11,7 @@ answers are packed into its `data`, and store and report lie beside that. A fini
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from configs.schema import LMTrainConfig, config_from
 from kd.store import Store
 from tools.demo import Stage, run_chain
 from tools.export_hf import export_token_model
-from tools.grid import Grid, known, load_grid, read_rows
+from tools.grid import Grid, digest, known, load_grid, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("student_ce", "student_kd", "token_model_kd")  # the variants that the report compares
@@ -49,10 +50,16 @@ def serving(model: Path, log: Path) -> Iterator[str]:
             process.send_signal(signal.SIGTERM)
 
 
+def store_of(root: Path, teacher: Path) -> Path:
+    """Where this teacher's answers are kept: by its weights, since another of the same name would answer otherwise."""
+    weights = sorted(path for suffix in ("safetensors", "bin") for path in teacher.glob(f"*.{suffix}"))
+    return root / f"teacher-{hashlib.sha256(''.join(map(digest, weights)).encode()).hexdigest()[:12]}.sqlite"
+
+
 def stages(root: Path, grid: Grid, args: argparse.Namespace) -> list[Stage]:
     """Ask the teacher, pack what it said, train and measure, and let each student write."""
     cfg = config_from(LMTrainConfig, grid.variants["token_model_kd"].settings, grid.path)
-    store, context = root / "teacher.sqlite", cfg.seq_len * cfg.k
+    store, context = store_of(root, Path(args.teacher)), cfg.seq_len * cfg.k
     harvest = ["kd/harvest.py", "--n_tokens", str(args.n_tokens), "--store", str(store), "--tokenizer", str(args.teacher)]
     harvest += ["--model", Path(args.teacher).name, "--mode", "completions", "--concurrency", "64"]
     prompt = context // 8 if args.prompts else 0  # a document is as long as the models' windows at most
@@ -60,10 +67,12 @@ def stages(root: Path, grid: Grid, args: argparse.Namespace) -> list[Stage]:
     harvest += ["--max_new_tokens", str(context - prompt - 1)]
     pack = ["kd/kd_batcher.py", "--store", str(store), "--tokenizer", str(args.teacher), "--output", grid.data]
     ablate = ["tools/ablate.py", "--grid", grid.path, "--only", *NAMES, "--jobs", str(args.jobs), "--docs", str(root)]
+    settings = [variant.settings.get("ae_ckpt", "") for variant in grid.variants.values()]
+    start_from = sorted({Path(path) for path in settings if path.endswith(".pt")})
     chain = [
         Stage("harvest", harvest, [store]),
         Stage("packing", pack, [Path(grid.data) / "train" / "meta.json"]),
-        Stage("training and evaluation", ablate, [], [Path(grid.path)]),
+        Stage("training and evaluation", ablate, [], [Path(grid.path), *start_from]),
     ]
     for name in NAMES[:2]:
         student = grid.run(name, grid.variants[name].seeds[0]).checkpoint
@@ -134,7 +143,7 @@ def main() -> int:
         if code := run_chain(root, stages(root, grid, args)):
             return code
     rows = read_rows(grid.output)
-    with Store(root / "teacher.sqlite", must_exist=True) as store:
+    with Store(store_of(root, Path(args.teacher)), must_exist=True) as store:
         first = next(iter(store)).answer["choices"][0]["text"]
     text = report(root, rows, Path(args.teacher).name, first.strip()[:SHOWN])
     (root / "report.md").write_text(text, encoding="utf-8")

@@ -29,10 +29,9 @@ def report(root: Path) -> str:
     token_model, student, ae, where = figures["token_model"], figures["student"], figures["ae"], bench["environment"]
     loss_curves({name: root / name for name in MODELS}, root / "loss.png")
     nll_by_position({name: figures[name]["nll_by_position"] for name in MODELS}, root / "nll_by_position.png")
-    trained = {
-        name: next(m for m in reversed(read_metrics(root / name)) if m.get("final"))
-        for name in ("ae", "token_model", "student")
-    }
+    trained = {name: read_metrics(root / name)[-1] for name in ("ae", "token_model", "student")}
+    if young := [name for name, last in trained.items() if not last.get("final")]:
+        raise UserError(f"the training of {', '.join(young)} in {root} has not ended; `make demo` goes on with it")
     k = len(student["nll_by_position"])
     rows = [
         ("training tokens", *(f"{trained[n]['tokens']:,}" for n in MODELS)),
