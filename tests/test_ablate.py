@@ -21,7 +21,7 @@ from ae import train_ae
 from configs.errors import UserError
 from student import baseline, train_student
 from tools import ablate, evaluate
-from tools.grid import Grid, current, load_grid, read_rows
+from tools.grid import Grid, Run, current, load_grid, published, read_rows
 from tools.quality import but_for_k, gain_share, summary, write_section
 
 SHARED: dict[str, Any] = {
@@ -182,6 +182,22 @@ def test_rows_of_runs_made_elsewhere_stay(world: World, tmp_path: Path, in_proce
     written(path, world, **change, max_windows=9)  # other text scored: no row of before can stand beside it
     assert run_script(ablate, *flags, "--report") == 0
     assert json.loads((docs / "quality.json").read_text())["rows"] == []
+
+
+def test_a_published_row_stands_only_with_what_it_starts_from(world: World, tmp_path: Path) -> None:
+    grid = load_grid(written(tmp_path / "g.yaml", world, ae={"k": 4, "max_steps": 2}))
+    student, ae = grid.run("student", 0), grid.run("ae", 0)
+
+    def told(run: Run) -> dict[str, Any]:
+        row = {"grid": grid.name, "name": run.variant.name, "seed": run.seed, "model": run.variant.model}
+        return {**row, "data": grid.data_id, "settings": run.variant.settings, "evaluation": grid.evaluation}
+
+    rows = [told(student), told(ae)]
+    assert published(student, rows) == rows[0]
+    other = load_grid(written(tmp_path / "g.yaml", world, ae={"k": 4, "max_steps": 3}))
+    assert published(other.run("student", 0), rows) is None and published(
+        other.run("token_model", 0), [told(grid.run("token_model", 0))]
+    )
 
 
 @pytest.mark.parametrize("text", ["[1]", "{"])

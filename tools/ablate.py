@@ -46,8 +46,8 @@ import yaml
 
 from ae.ae_model import AEConfig
 from configs.errors import UserError, run_cli
-from configs.files import read_json_lines
-from configs.run import load_checkpoint, saved_states
+from configs.files import read_json, replace_text
+from configs.run import load_checkpoint, saved_states, training_ended
 from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
 from student.flops import ae_training_flops, backbone_steps, optimizer_flops, training_flops
@@ -129,16 +129,14 @@ class Job:
 
 
 def is_trained(run: Run) -> bool:
-    """Whether its training ended (a trainer that is asked to stop saves and may exit with 0 too)."""
-    path = run.folder / "metrics.jsonl"
-    return run.checkpoint.exists() and path.exists() and any(line.get("final") for line in read_json_lines(path)[-1:])
+    return run.checkpoint.exists() and training_ended(run.folder)
 
 
 def prepare(run: Run, identity: dict[str, Any]) -> list[list[str]]:
     """Make the run's folder ready; returns the commands that are left to run."""
     record, before = run.folder / "run.json", None
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record)
     if not same(before, identity):
         shutil.rmtree(run.folder, ignore_errors=True)
     for key, needed in run.needs.items():
@@ -148,7 +146,7 @@ def prepare(run: Run, identity: dict[str, Any]) -> list[list[str]]:
                 f"remove its line from {run.grid.output / 'results.jsonl'} to train it again"
             )
     run.folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(identity), encoding="utf-8")
+    replace_text(record, json.dumps(identity))
     told = run.folder / "settings.yaml"
     told.write_text(yaml.safe_dump(run.settings, sort_keys=False), encoding="utf-8")
     commands = []

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from ae.chunks import PackedData
 from configs.errors import UserError
+from configs.files import replace_text
 from configs.loop import FREE_ON_RESUME
 from configs.run import load_checkpoint
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, as_dict, config_from, read_yaml
@@ -302,9 +302,7 @@ def write_row(output: Path, row: dict[str, Any]) -> None:
     with open(output / ".results.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = {**read_rows(output), (row["name"], row["seed"]): row}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
 def alike(model: str, one: dict[str, Any], two: dict[str, Any]) -> bool:
@@ -329,7 +327,12 @@ def current(run: Run, rows: Rows) -> dict[str, Any] | None:
 
 
 def published(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of a run among those of docs/quality.json, if settings and data are the grid's; its run may lie elsewhere."""
+    """The row of a run among those of docs/quality.json, if settings and data are the grid's; its run may lie elsewhere.
+
+    What it starts from must be such, too: its own settings only name that.
+    """
+    if not all(published(needed, rows) for needed in run.needs.values()):
+        return None
     own = {"grid": run.grid.name, "name": run.variant.name, "seed": run.seed, "model": run.variant.model}
     for row in rows:
         if all(row[key] == value for key, value in own.items()):

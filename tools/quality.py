@@ -7,11 +7,11 @@ context is worth beyond the control's few tokens - the control is the same model
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.files import replace_text
 from tools.metrics import BUCKETS
 from tools.plot import frontier, quality_curves
 
@@ -160,13 +160,7 @@ def write_section(path: Path, name: str, text: str) -> None:
         page = before + block + rest.split(end, 1)[1]
     else:
         page = page.rstrip("\n") + f"\n\n{block}\n"
-    replace(path, page)
-
-
-def replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, page)
 
 
 def read_page(folder: str | Path) -> dict[str, Any]:
@@ -235,6 +229,6 @@ def write_quality(
     if best:
         settings = next(row["settings"] for row in rows if row["name"] == best["name"])
         page["recommended"] = {"grid": name, **best, "settings": settings}
-    replace(folder / "quality.json", json.dumps(page, indent=1) + "\n")
+    replace_text(folder / "quality.json", json.dumps(page, indent=1) + "\n")
     write_section(folder / "quality.md", name, text)
     return text
