@@ -19,14 +19,16 @@ PROMPT ?= import os
 MAX_TOKENS ?= 128
 TEMP ?= 0.8
 TOP_P ?= 0.95
-SEED ?= 0
+SEED ?=
 PORT ?= 7860
 TEACHER ?= Qwen/Qwen3-0.6B
 TEACHER_PORT ?= 8001
 
+# The folder of a checkpoint to write; its name is the trainer's to give.
+folder = $(if $(filter $(2),$(notdir $($(1)))),$(dir $($(1))),$(error $(1)=$($(1)): expected a path that ends in /$(2), as it is written under that name))
 # A variable left empty leaves the config file's value alone.
 flag = $(if $($(1)),--$(2) $($(1)))
-TRAIN_FLAGS = --data "$(DATA)" --seed $(SEED) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(if $(RESUME),--resume) $(ARGS)
+TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(if $(RESUME),--resume) $(ARGS)
 
 export PROMPT PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore
@@ -60,19 +62,19 @@ data: setup ## the default corpus: standard library -> tokenizer -> packed data 
 	$(PY) tools/data_packing.py --input data/corpus.jsonl --output "$(DATA)" --tokenizer data/tokenizer $(call flag,K,k)
 
 train-ae: setup ## train the autoencoder on DATA (K, D, EPOCHS, BATCH_SIZE)
-	$(PY) ae/train_ae.py --config "$(AE_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(dir $(AE_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim)
+	$(PY) ae/train_ae.py --config "$(AE_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(call folder,AE_CKPT,ae.pt)" $(call flag,K,k) $(call flag,D,latent_dim)
 
 train-token-model: setup ## train the token-level model of the student's backbone: the baseline
 	$(PY) student/baseline.py --config "$(TOKEN_MODEL_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
 
 train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W; USE_KD=1, KD_W)
 	$(PY) student/train_student.py --config "$(STUDENT_CONFIG)" $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
-		--checkpoint_dir "$(dir $(STUDENT_CKPT))" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w) \
+		--checkpoint_dir "$(call folder,STUDENT_CKPT,student.pt)" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w) \
 		$(if $(USE_KD),--use_kd) $(call flag,KD_W,kd_w)
 
 infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
 	@$(PY) infer.py --student "$(STUDENT_CKPT)" --ae "$(AE_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
-		--temperature $(TEMP) --top_p $(TOP_P) --seed $(SEED) --stream $(ARGS)
+		--temperature $(TEMP) --top_p $(TOP_P) --seed $(or $(SEED),0) --stream $(ARGS)
 
 serve: setup ## serve STUDENT_CKPT over HTTP at PORT: /generate, OpenAI's dialect, a page (docs/serving.md)
 	@STUDENT_CHECKPOINT="$(STUDENT_CKPT)" AE_CHECKPOINT="$(wildcard $(AE_CKPT))" $(PY) server.py --port $(PORT) $(ARGS)

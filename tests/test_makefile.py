@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,20 @@ def test_help_lists_every_target() -> None:
     listed = dict(re.findall(r"^  ([a-z-]+) +(\S.*)$", make("help", cwd=ROOT), re.M))
     assert phony <= set(listed)
     assert phony == set(re.findall(r"^([a-z-]+):", text, re.M))
+
+
+def test_where_trainings_write_and_what_seed_they_have(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "v").mkdir()
+    for name in ("requirements.txt", "pyproject.toml", "v/installed"):
+        (tmp_path / name).touch()
+    said = make("-n", "train-student", "VENV=v", "STUDENT_CKPT=k4/student.pt", cwd=tmp_path)
+    assert '--checkpoint_dir "k4/"' in said and "--seed" not in said  # the config's
+    assert "--seed 3" in make("-n", "train-ae", "VENV=v", "SEED=3", cwd=tmp_path)
+    for target, name in (("train-student", "STUDENT_CKPT=k4/student_k4.pt"), ("train-ae", "AE_CKPT=ae4.pt")):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            make("-n", target, "VENV=v", name, cwd=tmp_path)
+        assert f"{name}: expected a path that ends in /" in error.value.stderr
 
 
 def test_clean_leaves_the_users_files(tmp_path: Path) -> None:
