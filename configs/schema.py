@@ -72,7 +72,7 @@ class AETrainConfig(TrainConfig):
     num_layers: int = opt(4, "residual SwiGLU blocks in all; a multiple of 4")
     batch_size: int = opt(512, "chunks a step", low=1)
     lr: float = opt(1e-3, "peak learning rate", low=0)
-    weight_decay: float = opt(0.0, "AdamW decay of matrices")
+    weight_decay: float = opt(0.0, "AdamW decay of matrices", low=0)
     kl_weight: float = opt(1e-3, "weight of the KL to the unit Gaussian")
     free_bits: float = opt(0.5, "KL per dimension, in nats, that costs nothing more")
     l2_weight: float = opt(0.0, "weight of the mean latent's squared norm")
@@ -180,7 +180,7 @@ def _coerce(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise ValueError
             value = int(float(value))
-        elif isinstance(value, (bool, dict, list)):
+        elif value is None or isinstance(value, (bool, dict, list)):
             raise ValueError
         else:
             value = base(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,11 @@ def test_bench_counts_calls_itself() -> None:
 def test_plot(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(plot, world.root / "run", "--output", tmp_path / "p.png") == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    copy = shutil.copytree(world.root / "run", tmp_path / "other" / "run")
+    (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text().replace('"ce": ', '"ce": 1'))
+    assert run_script(plot, world.root / "run", copy, "--output", tmp_path / "two.png") == 0  # of one name, and both drawn
+    assert run_script(plot, copy, "--output", tmp_path / "one.png") == 0
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
     assert run_script(plot, tmp_path) == 2
     assert "no run in" in capsys.readouterr().err
     assert run_script(plot, world.root / "run", "--output", tmp_path / "nowhere" / "p.png") == 2

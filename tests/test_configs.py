@@ -71,6 +71,8 @@ def test_precedence(tmp_path: Path) -> None:
         ("latent_dropout: 1.5", "latent_dropout: expected 0 to 1, got 1.5"),
         ("lr: .nan", "lr: expected at least 0, got nan"),
         ("seed: -1", "seed: expected 0 to 2147483647, got -1"),
+        ("weight_decay: -1", "weight_decay: expected at least 0, got -1"),
+        ("checkpoint_dir:", "checkpoint_dir: expected str, got None"),
         ("- 1", "expected `key: value` lines"),
         ("a: b: c", "not valid YAML"),
     ],

@@ -114,7 +114,10 @@ def main() -> None:
     parser.add_argument("--output", default="loss.png", help="[loss.png]")
     parser.add_argument("--key", default="ce", help="which part of the loss [ce]")
     args = parser.parse_args()
-    loss_curves({Path(run).name: run for run in args.runs}, args.output, args.key)
+    names = [Path(run).name for run in args.runs]
+    if len(set(names)) < len(names):  # of two experiments
+        names = args.runs
+    loss_curves(dict(zip(names, args.runs, strict=True)), args.output, args.key)
     print(args.output)
 
 
