@@ -10,7 +10,8 @@ where the server can (vLLM, kd/local_teacher.py).
 
 Request i is a function of the settings, the prompts and i alone, and an answer is committed before it is used. So the same
 command run again, after a kill, a spent budget or for more tokens, asks for what is missing and for nothing else. The
-run ends with up to --concurrency answers more than --n_tokens; --budget_usd counts all that the store ever cost.
+run ends with up to --concurrency answers more than --n_tokens; --budget_usd counts all that the store ever cost. A store
+takes one harvest at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -274,8 +276,12 @@ def harvest(
     settings: Settings | None = None,
     patience: Patience | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    store: Store | None = None,
 ) -> Summary:
-    """Harvest as `cfg` says and print a summary. Raises UserError where it ends early, with all answers so far committed."""
+    """Harvest as `cfg` says and print a summary. Raises UserError where it ends early, with all answers so far committed.
+
+    `store`: one that the caller opened, in `with store.harvesting()`; None: opened and locked here.
+    """
     settings = settings or Settings.load(cfg.base_url, cfg.model, cfg.allow_http)
     tokenizer = load_tokenizer(cfg)
     client = TeacherClient(
@@ -291,7 +297,11 @@ def harvest(
     cfg = replace(cfg, n_tokens=prompts.shard.share(cfg.n_tokens))
     if client.concurrency < cfg.concurrency:
         log(f"at most {client.concurrency} requests at once: more could fail together, and Venice then blocks the key")
-    with Store(store_path(cfg, settings)) as store:
+    with ExitStack() as held:
+        if store is None:
+            store = held.enter_context(Store(store_path(cfg, settings)))
+            if not cfg.dry_run:
+                held.enter_context(store.harvesting())
         work = Harvest(cfg, client, store, prompts, log)
         thresholds = gc.get_threshold()
         gc.set_threshold(50_000)  # an answer is twenty objects a token and no cycles; looking often takes half the time

@@ -2,19 +2,20 @@
 
 An answer's key is the hash of the model, the whole request body and the version of the prompt template, so that the same
 question is never paid for twice; `put` returns only once the answer is on the disk (WAL, synchronous=FULL), and nothing
-may use an answer before. Any number of threads and processes may share a file on a local disk. The API key is no part
-of a request body, and so never gets here.
+may use an answer before. Any number of threads and processes may share a file on a local disk, of which one at a time
+harvests: two would ask, and pay, for the same. The API key is no part of a request body, and so never gets here.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -170,6 +171,23 @@ class Store:
                 f"{self.path} is damaged or no SQLite file ({error}). Move it away, or save what can be read with "
                 f"`sqlite3 {self.path} .recover`"
             ) from None
+
+    @contextmanager
+    def harvesting(self, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Keep every other harvest off this store meanwhile; the lock ends with the process, however that ends.
+
+        Where another one holds it: waits until that is done, after telling `wait` so; raises UserError without `wait`.
+        """
+        with open(f"{self.path}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy = f"another harvest is using {self.path}"
+                if wait is None:
+                    raise UserError(f"{busy}; run this command again when it is done, or use another --store") from None
+                wait(f"{busy}: waiting until it is done")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def put(
         self,

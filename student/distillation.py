@@ -156,16 +156,15 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         budget_usd=cfg.kd_budget_usd,
     )
     path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())
-    with Store(path) as store:
-        held = store.totals().completion_tokens
-    if held < cfg.kd_tokens:
-        _log(f"{path} holds {held:,} of --kd_tokens {cfg.kd_tokens:,} tokens: harvesting the rest")
-        try:
-            harvest(wanted, log=_log)
-        except Interrupted:
-            raise KeyboardInterrupt from None
     folder = path.with_name(f"{path.stem}-packed")
-    with Store(path) as store:
+    with Store(path) as store, store.harvesting(wait=_log):  # a second training waits, and finds what the first one packed
+        held = store.totals().completion_tokens
+        if held < cfg.kd_tokens:
+            _log(f"{path} holds {held:,} of --kd_tokens {cfg.kd_tokens:,} tokens: harvesting the rest")
+            try:
+                harvest(wanted, log=_log, store=store)
+            except Interrupted:
+                raise KeyboardInterrupt from None
         answers = len(store)
         meta = folder / "train" / "meta.json"
         if meta.exists():

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_an_empty_store_is_harvested_first(world: World, at_teacher: Path, capsy
     assert json.loads(captured.out.splitlines()[-1])["kl_to_teacher"] > 0
     content = torch.load(at_teacher / "checkpoints" / "student.pt", weights_only=True)
     assert content["distillation"]["kind"] == "token-level" and content["distillation"]["k"] == 5
+
+
+def test_two_trainings_started_together_harvest_and_pack_once(
+    world: World, at_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = StudentTrainConfig(data=str(world.data), use_kd=True, kd_tokens=600, kd_k=5)
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(open_teacher(cfg, 32).folder)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = capsys.readouterr().err
+    assert said.count("harvesting the rest") == said.count("packing ") == 1
+    assert folders == [Path("data/teacher/tiny-packed")] * 2
+    with Store("data/teacher/tiny.sqlite", must_exist=True) as store:
+        assert 600 <= store.totals().completion_tokens < 600 + 9 * 32
 
 
 def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher: Path) -> None:

@@ -259,6 +259,18 @@ def test_a_budget_counts_earlier_runs(tmp_path: Path) -> None:
                 assert store.totals().cost == pytest.approx(0.003 * answers)
 
 
+def test_a_store_takes_one_harvest_at_a_time(tmp_path: Path) -> None:
+    """A second one would ask, and pay, for the same; an estimate asks for nothing."""
+    cfg = config(tmp_path, 5)
+    with FaultyServer() as server:
+        with Store(tmp_path / "t.sqlite") as store, store.harvesting():
+            with pytest.raises(UserError, match="another harvest is using"):
+                quiet(cfg, server.url)
+            quiet(config(tmp_path, 5, dry_run=True), server.url)
+        assert not server.log
+        assert until_used_up(cfg, server.url) == [] and len(server.log) == 5
+
+
 def test_no_logprobs_there_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     with FaultyServer(lambda number, prompt: "odd null") as server:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import sqlite3
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -78,6 +79,30 @@ def test_threads_and_processes_share_a_file(tmp_path: Path) -> None:
             worker.join()
         assert [process.exitcode for process in processes] == [0, 0]
         assert len(store) == 150 and {row.request["seed"] for row in store} == set(range(150))
+
+
+def test_one_harvest_at_a_time(tmp_path: Path) -> None:
+    """Another one is refused, or waits where it says that it does; reading and writing go on."""
+    said: list[str] = []
+
+    def wait() -> None:
+        with Store(tmp_path / "t.sqlite") as store, store.harvesting(said.append):
+            said.append("in")
+
+    waiting = threading.Thread(target=wait)
+    with Store(tmp_path / "t.sqlite") as one, Store(tmp_path / "t.sqlite") as two:
+        with one.harvesting():
+            with pytest.raises(UserError, match=r"another harvest is using .*t\.sqlite; run this"), two.harvesting():
+                pass
+            assert put(two, 1)
+            waiting.start()
+            while not said:
+                time.sleep(0.001)
+            assert len(said) == 1 and "waiting until it is done" in said[0]
+        waiting.join()
+        assert said[1:] == ["in"]
+        with two.harvesting():
+            pass
 
 
 def test_merge(tmp_path: Path) -> None:
