@@ -10,8 +10,8 @@ where the server can (vLLM, kd/local_teacher.py).
 
 Request i is a function of the settings, the prompts and i alone, and an answer is committed before it is used. So the same
 command run again, after a kill, a spent budget or for more tokens, asks for what is missing and for nothing else. The
-run ends with up to --concurrency answers more than --n_tokens; --budget_usd counts all that the store ever cost. A store
-takes one harvest at a time.
+run ends with up to --concurrency answers more than --n_tokens; --budget_usd counts all that the store ever cost, requests
+that brought no answer included (not those in flight at a kill -9). A store takes one harvest at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Harvest:
     async def run(self) -> None:
         """Harvest what is missing. Raises Stopped or UserError when it ends early; `summary` is true either way."""
         cfg, client = self.cfg, self.client
-        client.spent = self.summary.spent = self.store.totals().cost
+        client.spent, client.on_lost = self.store.totals().cost, self.store.lose
         listed = await self._models()
         if cfg.budget_usd is not None and client.model.cost(1, 1) is None and not client.settings.is_venice:
             raise UserError(f"{client.settings.base_url} lists no price for {client.settings.model}, so no budget can be held")
@@ -191,7 +191,6 @@ class Harvest:
             self._note(await asyncio.to_thread(self._commit, job, outcome))
             summary.answers += 1
             self._count(self._taught(outcome))
-            summary.spent = self.client.spent
         self.bar.set_postfix_str(
             f"{summary.answers + summary.found} answers, ${self.client.spent:.4f}, {self.client.errors.total()} retries, "
             f"{summary.dropped.total()} dropped",
@@ -309,6 +308,7 @@ def harvest(
             asyncio.run(_harvest(work))
         finally:
             gc.set_threshold(*thresholds)
+            work.summary.spent = client.spent
             if not cfg.dry_run:
                 for line in work.summary.lines():
                     log(line)

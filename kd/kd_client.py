@@ -7,6 +7,8 @@ What it holds to:
 - 408, 429, 5xx, timeouts, lost connections and broken bodies are tried again after a random part of a doubling delay (full
   jitter). 400, 413, 415 and 422 cost one prompt, which is `Dropped`; 401, 402, 403, 404 and redirects end the run
   (`Stopped`), and so do a budget that is used up, an answer of another model, and 20 prompts dropped in a row.
+- The budget counts what was sent and brought nothing, too (a timeout, a broken body): the teacher may have written, and
+  charged for, all that was asked for. Only what did not leave this machine or got an error status is taken to cost nothing.
 - A breaker: 9 failures within 30 s pause everything until 30 s after the last one. Venice blocks a key at more than 20
   in 30 s; with its at most 10 requests in flight there, 19 is the most that can happen.
 - The API key is in one header and nowhere else: not in a repr, a message, a request body or an answer that is kept.
@@ -43,6 +45,7 @@ BYTES_PER_TOKEN = 4  # an estimate, where no count is known
 SECRET = 12  # characters from which a key is told from words like "none" or "ollama"
 TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
 COSTS_ONE_PROMPT = {400, 413, 415, 422}
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 GET_ATTEMPTS = 3
 STEPS_DOWN = (20, 10, 5, 1)  # top_logprobs to try
 ADVICE = {
@@ -212,7 +215,10 @@ def request_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
 
 # ----------------------------------------------------------------------------------------------------------- client
 class TeacherClient:
-    """Use it in `async with`. `errors` counts what was tried again, `spent` the dollars (start it at what a store holds)."""
+    """Use it in `async with`. `errors` counts what was tried again, `spent` the dollars (start it at what a store holds).
+
+    `on_lost` is told the dollars that a request without an answer to keep may have cost; `spent` has them already.
+    """
 
     def __init__(
         self,
@@ -232,6 +238,7 @@ class TeacherClient:
         self.budget_usd, self.spent, self._reserved = budget_usd, 0.0, 0.0
         self.model = ModelInfo(settings.model)  # with its price once `models` was asked
         self.errors: Counter[str] = Counter()
+        self.on_lost: Callable[[float], None] = lambda dollars: None
         self.headers: httpx.Headers = httpx.Headers()  # of the last response
         self.stopped: Exception | None = None
         self._stop = asyncio.Event()
@@ -348,7 +355,7 @@ class TeacherClient:
     ) -> Any:
         problem, attempts = "", attempts or self.patience.attempts
         for attempt in range(attempts):
-            reserved = await self._enter(tokens)
+            reserved = lost = await self._enter(tokens)
             asked_to_wait = 0.0
             try:
                 response = await asyncio.wait_for(
@@ -358,7 +365,9 @@ class TeacherClient:
                 self.gate.note(response.headers)
                 status = response.status_code
                 if status == 200:
-                    return read(response)
+                    found, lost = read(response), 0.0
+                    return found
+                lost = 0.0
                 asked_to_wait = retry_after_s(response.headers.get("retry-after"))
                 problem = f"HTTP {status}"
                 if asked_to_wait > LONGEST_WAIT_S:
@@ -370,12 +379,15 @@ class TeacherClient:
                     self._refuse(status, self._redact(_error_text(response)))
             except _Broken as error:
                 problem = f"broken answer: {error}"
-            except (httpx.TimeoutException, asyncio.TimeoutError):
-                problem = "timeout"
-            except httpx.RequestError as error:
-                problem = f"connection: {type(error).__name__}"
+            except (httpx.RequestError, asyncio.TimeoutError) as error:
+                timeout = isinstance(error, (httpx.TimeoutException, asyncio.TimeoutError))
+                problem = "timeout" if timeout else f"connection: {type(error).__name__}"
+                lost = 0.0 if isinstance(error, NOT_SENT) else lost
             finally:
                 self._reserved -= reserved
+                if lost:
+                    self.spent += lost
+                    self.on_lost(lost)
             self.errors[problem] += 1
             self.gate.failed()
             if asked_to_wait:  # the limit is the key's, so all workers wait

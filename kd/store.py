@@ -11,13 +11,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import sqlite3
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SCHEMA = """CREATE TABLE answers (
     key BLOB PRIMARY KEY, model TEXT NOT NULL, template INTEGER NOT NULL, request BLOB NOT NULL, prompt_ids BLOB,
     answer BLOB NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,
     created REAL NOT NULL)"""
+LOST = "CREATE TABLE lost (id BLOB PRIMARY KEY, cost REAL NOT NULL, created REAL NOT NULL)"  # made by the first such row
 COLUMNS = "key, model, template, request, prompt_ids, answer, prompt_tokens, completion_tokens, cost, created"
 INSERT = f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({', '.join('?' * (COLUMNS.count(',') + 1))})"
 
@@ -92,7 +94,7 @@ def _json(packed: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a store; `cost` in dollars."""
+    """Sums over a store; `cost` in dollars, of answers and of requests without one."""
 
     answers: int
     prompt_tokens: int
@@ -140,7 +142,7 @@ class Store:
             raise UserError(
                 f"{self.path} has format version {version}, this code reads {VERSION}; harvest into another --store"
             )
-        elif tables != [(SCHEMA,)]:  # a view or a trigger would be somebody's program
+        elif tables not in ([(SCHEMA,)], [(SCHEMA,), (LOST,)]):  # a view or a trigger would be somebody's program
             raise sqlite3.DatabaseError("its tables are not those of a teacher store")
         self._db.execute("COMMIT")
         if only_read:
@@ -220,6 +222,18 @@ class Store:
         with self._errors(), self._lock:
             return self._db.execute(INSERT, row).rowcount == 1
 
+    def lose(self, cost: float) -> None:
+        """Commit the dollars that a request may have cost that brought no answer to keep."""
+        with self._errors(), self._lock:
+            self._add_lost([(os.urandom(16), cost, time.time())])
+
+    def _has_lost(self) -> bool:
+        return self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost'").fetchone() is not None
+
+    def _add_lost(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._db.execute(LOST.replace("TABLE", "TABLE IF NOT EXISTS"))
+        self._db.executemany("INSERT OR IGNORE INTO lost VALUES (?, ?, ?)", rows)
+
     def tokens_of(self, key: bytes) -> int | None:
         """The completion tokens of the answer with this key; None where there is none."""
         with self._errors(), self._lock:
@@ -235,10 +249,12 @@ class Store:
         return self.totals().answers
 
     def totals(self) -> Totals:
-        """Counts and cost of all answers."""
+        """Counts and cost of all answers, and what was lost."""
         sums = "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), coalesce(sum(cost), 0.0)"
         with self._errors(), self._lock:
-            return Totals(*self._db.execute(f"SELECT {sums} FROM answers").fetchone())
+            totals = Totals(*self._db.execute(f"SELECT {sums} FROM answers").fetchone())
+            lost = self._db.execute("SELECT coalesce(sum(cost), 0.0) FROM lost").fetchone()[0] if self._has_lost() else 0.0
+        return replace(totals, cost=totals.cost + lost)
 
     def get(self, key: bytes) -> StoredAnswer | None:
         """The answer with this key; None where there is none."""
@@ -272,7 +288,10 @@ class Store:
                 yield row[1:]
 
     def merge(self, other: Store) -> int:
-        """Take over the answers of `other` that are not here; returns how many. Raises UserError at one that is damaged."""
+        """Take over the answers of `other` that are not here, and what it lost; returns how many answers.
+
+        Raises UserError at one that is damaged.
+        """
         taken, rows = 0, other._rows()
         while page := list(islice(rows, PAGE)):
             for row in page:
@@ -281,6 +300,11 @@ class Store:
                 self._db.execute("BEGIN IMMEDIATE")
                 taken += self._db.executemany(INSERT, page).rowcount
                 self._db.execute("COMMIT")
+        with other._errors(), other._lock:
+            lost = other._db.execute("SELECT * FROM lost").fetchall() if other._has_lost() else []
+        if lost:
+            with self._errors(), self._lock:
+                self._add_lost(lost)
         return taken
 
     def models(self) -> set[str]:

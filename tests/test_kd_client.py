@@ -23,6 +23,7 @@ KEY = "sk-a-very-secret-key-0123456789"
 VENICE = Settings("https://api.venice.ai/api/v1", "teacher", KEY)
 LOCAL = Settings("http://127.0.0.1:1/v1", "teacher", KEY)
 BODY = {"model": "teacher", "messages": [{"role": "user", "content": "x" * 40}], "max_tokens": 10}
+PRICED = {"data": [{"id": "teacher", "model_spec": {"pricing": {"input": {"usd": 10}, "output": {"usd": 1000}}}}]}
 QUICK = Patience(timeout_s=2.0, attempts=4, backoff_s=0.001, longest_s=0.01, window_s=0.05)
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -217,12 +218,11 @@ async def _ignore(job: Any, outcome: Answer | Dropped) -> None:
 
 
 def test_budget_is_never_passed() -> None:
-    models = {"data": [{"id": "teacher", "model_spec": {"pricing": {"input": {"usd": 10}, "output": {"usd": 1000}}}}]}
     asked: list[int] = []
 
     async def handler(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
-            return httpx.Response(200, json=models)
+            return httpx.Response(200, json=PRICED)
         asked.append(1)
         await asyncio.sleep(0.01)
         return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": 14, "completion_tokens": 9}})
@@ -236,6 +236,48 @@ def test_budget_is_never_passed() -> None:
     spent = call(handler, run, budget_usd=0.05)  # type: ignore[arg-type]
     assert len(asked) == 5 and spent == pytest.approx(5 * (14 * 10 + 9 * 1000) / 1e6) and spent <= 0.05
     assert request_tokens(BODY) == (14, 10) and request_tokens({"prompt": [1, 2, 3]}) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "sent"),
+    [
+        (httpx.ReadTimeout("slow"), True),
+        (httpx.ReadError("lost"), True),
+        (httpx.RemoteProtocolError("lost"), True),
+        (httpx.Response(200, content=b"{"), True),
+        (httpx.Response(200, json={**good(), "model": "smaller"}), True),
+        (httpx.Response(200, json={**good(), "echo": KEY}), True),
+        (httpx.ConnectError("nobody"), False),
+        (httpx.ConnectTimeout("nobody"), False),
+        (httpx.Response(503), False),
+        (httpx.Response(400), False),
+    ],
+)
+def test_what_was_sent_and_brought_nothing_counts_against_the_budget(
+    outcome: httpx.Response | httpx.RequestError, sent: bool
+) -> None:
+    """The teacher may have written all of it, and charged for it."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=PRICED)
+        if isinstance(outcome, httpx.RequestError):
+            raise outcome
+        return outcome
+
+    async def run(client: TeacherClient) -> tuple[float, list[float]]:
+        lost: list[float] = []
+        client.on_lost = lost.append
+        await client.models()
+        with pytest.raises((Stopped, Dropped)):
+            await client.ask(BODY)
+        return client.spent, lost
+
+    patience = Patience(timeout_s=2.0, attempts=2, backoff_s=0.001, longest_s=0.01, window_s=0.05)
+    spent, lost = call(handler, run, patience=patience, budget_usd=1.0)
+    assert (spent >= 10 * 1000 / 1e6) == sent and spent == sum(lost)
+    if isinstance(outcome, httpx.RequestError) and sent:
+        assert len(lost) == 2
 
 
 def test_in_flight_answers_are_handled_when_another_stops_the_run() -> None:

@@ -259,6 +259,20 @@ def test_a_budget_counts_earlier_runs(tmp_path: Path) -> None:
                 assert store.totals().cost == pytest.approx(0.003 * answers)
 
 
+def test_a_budget_counts_what_was_lost_in_earlier_runs(tmp_path: Path) -> None:
+    """Answers that break on their way may be charged for: the same command again asks for no more of them."""
+    price = {"input": {"usd": 0}, "output": {"usd": 1000}}  # a request of 3 tokens: $0.003
+    with FaultyServer(lambda number, prompt: "truncated" if number % 2 else "good") as server:
+        server.models = [{"id": "teacher", "model_spec": {"pricing": price}}]
+        cfg = config(tmp_path, 50, max_new_tokens=3, budget_usd=0.0185, concurrency=1)
+        for _ in range(2):
+            with pytest.raises(Stopped, match=r"the budget is used up: \$0.0180 spent"):
+                quiet(cfg, server.url)
+            assert len(server.log) == 6
+    with Store(tmp_path / "t.sqlite", must_exist=True) as store:
+        assert store.totals().answers == 3 and store.totals().cost == pytest.approx(0.018)
+
+
 def test_a_store_takes_one_harvest_at_a_time(tmp_path: Path) -> None:
     """A second one would ask, and pay, for the same; an estimate asks for nothing."""
     cfg = config(tmp_path, 5)

@@ -114,6 +114,21 @@ def test_merge(tmp_path: Path) -> None:
         assert len(a) == 100 and a.get(request_key("m", {**BODY, "seed": 0}, 1)).answer == {"x": 1}  # type: ignore[union-attr]
 
 
+def test_what_was_lost_is_part_of_the_cost(tmp_path: Path) -> None:
+    """Once in a merged store, and in a file that had nothing of the kind before."""
+    path = tmp_path / "t.sqlite"
+    put_many(str(path), 0, 3)
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone() == (1,)
+    with Store(path) as store:
+        store.lose(0.25)
+        store.lose(0.25)
+    with Store(path, must_exist=True) as store, Store(tmp_path / "all.sqlite") as merged:
+        assert store.totals() == Totals(3, 6, 9, 2.0) and len(list(store)) == 3
+        assert merged.merge(store) == 3 and merged.merge(store) == 0
+        assert merged.totals() == store.totals()
+
+
 def test_iteration_sees_what_comes_in_meanwhile(tmp_path: Path) -> None:
     with Store(tmp_path / "a.sqlite") as store:
         put_many(str(store.path), 0, 70)
