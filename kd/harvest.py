@@ -99,8 +99,6 @@ class Harvest:
         cfg, client = self.cfg, self.client
         client.spent, client.on_lost = self.store.totals().cost, self.store.lose
         listed = await self._models()
-        if cfg.budget_usd is not None and client.model.cost(1, 1) is None and not client.settings.is_venice:
-            raise UserError(f"{client.settings.base_url} lists no price for {client.settings.model}, so no budget can be held")
         if cfg.dry_run:
             return self._estimate(None)
         first = await self._probe()

@@ -41,7 +41,8 @@ from kd.store import canonical
 
 VENICE_IN_FLIGHT = 10  # requests at once there: with the breaker's 9, fewer than 20 failures in 30 s
 DROPPED_IN_A_ROW = 20  # prompts dropped with no answer between: something is wrong with all of them
-BYTES_PER_TOKEN = 4  # an estimate, where no count is known
+BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 4  # an estimate, where no count is known
+MOST_PER_MESSAGE = 64  # tokens that a chat template adds to a message, a system prompt of its own included
 SECRET = 12  # characters from which a key is told from words like "none" or "ollama"
 TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
 COSTS_ONE_PROMPT = {400, 413, 415, 422}
@@ -202,14 +203,18 @@ def same_model(asked: str, told: str) -> bool:
     return told == asked or re.fullmatch(re.escape(asked) + r"-\d{4}(-?\d{2}){0,2}", told) is not None
 
 
-def request_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
-    """(prompt tokens, an estimate unless the prompt is ids; most tokens that may be written)."""
+def request_tokens(body: Mapping[str, Any], most: bool = False) -> tuple[int, int]:
+    """(prompt tokens, an estimate unless the prompt is ids; most tokens that may be written).
+
+    most: as many prompt tokens as it can be, which is one a byte (of digits and rare scripts, say).
+    """
     prompt = body.get("prompt")
     if isinstance(prompt, list):
         n_prompt = len(prompt)
     else:
         texts = [prompt] if isinstance(prompt, str) else [str(m.get("content")) for m in body.get("messages", [])]
-        n_prompt = sum(len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + 4 for text in texts)
+        width, more = (1, MOST_PER_MESSAGE) if most else (BYTES_PER_TOKEN, TOKENS_PER_MESSAGE)
+        n_prompt = sum(len(text.encode("utf-8", "replace")) // width + more for text in texts)
     return n_prompt, int(body.get("max_completion_tokens") or body.get("max_tokens") or 0)
 
 
@@ -242,11 +247,9 @@ class TeacherClient:
         self.headers: httpx.Headers = httpx.Headers()  # of the last response
         self.stopped: Exception | None = None
         self._stop = asyncio.Event()
-        headers = {"Content-Type": "application/json"}
-        if settings.api_key:
-            headers["Authorization"] = f"Bearer {settings.api_key}"
+        key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         self._http = httpx.AsyncClient(
-            headers=headers,
+            headers={"Content-Type": "application/json", **key},
             timeout=httpx.Timeout(self.patience.timeout_s, connect=min(10.0, self.patience.timeout_s), pool=None),
             limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
             trust_env=not _is_loopback(settings.host),  # no proxy on the way to this machine
@@ -280,7 +283,7 @@ class TeacherClient:
     async def get(self, path: str) -> dict[str, Any]:
         """A JSON object from another path of the server. Raises Stopped."""
         try:
-            return await self._exchange("GET", path, None, (0, 0), lambda response: _json(response.content), GET_ATTEMPTS)
+            return await self._exchange("GET", path, {}, lambda response: _json(response.content), GET_ATTEMPTS)
         except Dropped as error:
             url = self.settings.base_url
             raise Stopped(f"{url}{path}: {error}. Check VENICE_BASE_URL, and that the server runs", error.status) from None
@@ -292,9 +295,7 @@ class TeacherClient:
         """
         path = "/chat/completions" if "messages" in body else "/completions"
         start = time.monotonic()
-        return await self._exchange(
-            "POST", path, canonical(body), request_tokens(body), lambda response: self._read(body, response, start)
-        )
+        return await self._exchange("POST", path, body, lambda response: self._read(body, response, start))
 
     async def probe(self, body: Mapping[str, Any], wanted: int = STEPS_DOWN[0]) -> tuple[Answer, dict[str, Any], int | None]:
         """One real call that asks for `wanted` top logprobs, for fewer where that is refused, at last for none.
@@ -348,14 +349,13 @@ class TeacherClient:
         self,
         method: str,
         path: str,
-        content: bytes | None,
-        tokens: tuple[int, int],
+        body: Mapping[str, Any],
         read: Callable[[httpx.Response], Any],
         attempts: int | None = None,
     ) -> Any:
-        problem, attempts = "", attempts or self.patience.attempts
+        problem, attempts, content = "", attempts or self.patience.attempts, canonical(body) if body else None
         for attempt in range(attempts):
-            reserved = lost = await self._enter(tokens)
+            reserved = lost = await self._enter(body)
             asked_to_wait = 0.0
             try:
                 response = await asyncio.wait_for(
@@ -397,13 +397,16 @@ class TeacherClient:
                 await self._sleep(asked_to_wait + delay)
         raise Dropped(f"gave up after {attempts} attempts", problem)
 
-    async def _enter(self, tokens: tuple[int, int]) -> float:
+    async def _enter(self, body: Mapping[str, Any]) -> float:
         """Wait until a request may go out; returns the most dollars that it can cost, now reserved.
 
-        Raises what stopped the client, and Stopped where the budget does not hold the request.
+        Raises what stopped the client, and Stopped where the budget does not hold the request, or no price is known to tell.
         """
-        cost = self.model.cost(*tokens) or 0.0
+        cost = self.model.cost(*request_tokens(body, most=True)) or 0.0
         budget = float("inf") if self.budget_usd is None else self.budget_usd
+        if body and self.budget_usd is not None and self.model.cost(0, 0) is None:
+            url, name = self.settings.base_url, self.settings.model
+            raise Stopped(f"{url} lists no price for {name}, so no budget can be held; leave --budget_usd out")
         while True:
             if self.stopped is not None:
                 raise self.stopped
@@ -416,7 +419,7 @@ class TeacherClient:
             if self.spent + self._reserved + cost > budget:  # what is in flight may turn out cheaper
                 wait = max(wait, 0.05)
             if wait <= 0:
-                self.gate.take(sum(tokens))
+                self.gate.take(sum(request_tokens(body)))
                 self._reserved += cost
                 return cost
             await self._sleep(wait)

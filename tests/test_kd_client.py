@@ -238,6 +238,44 @@ def test_budget_is_never_passed() -> None:
     assert request_tokens(BODY) == (14, 10) and request_tokens({"prompt": [1, 2, 3]}) == (3, 0)
 
 
+@pytest.mark.parametrize("settings", [VENICE, LOCAL])
+def test_no_budget_without_a_price(settings: Settings) -> None:
+    """Not even where answers tell their cost: before the first of them came, nothing would hold the others."""
+
+    async def run(client: TeacherClient) -> None:
+        assert await client.models() == []
+        with pytest.raises(Stopped, match=r"/v1 lists no price for teacher, so no budget can be held; leave --budget_usd out"):
+            await client.ask(BODY)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert request.method == "GET"
+        return httpx.Response(200, json={"data": []})
+
+    call(handler, run, settings, budget_usd=0.0001)
+
+
+def test_the_reservation_is_an_upper_bound() -> None:
+    """A prompt of digits is a token a digit: three requests at once would pass a budget that holds one of them."""
+    asked: list[int] = []
+    digits = {**BODY, "messages": [{"role": "user", "content": "7" * 30_000}]}
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=PRICED)
+        asked.append(1)
+        await asyncio.sleep(0.01)
+        return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": 30_010, "completion_tokens": 9}})
+
+    async def run(client: TeacherClient) -> float:
+        await client.models()
+        with pytest.raises(Stopped, match="the budget is used up"):
+            await client.run(((n, digits) for n in range(3)), _ignore)
+        return client.spent
+
+    spent = call(handler, run, budget_usd=0.35)  # type: ignore[arg-type]
+    assert len(asked) == 1 and spent == pytest.approx((30_010 * 10 + 9 * 1000) / 1e6)
+
+
 @pytest.mark.parametrize(
     ("outcome", "sent"),
     [
