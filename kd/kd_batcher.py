@@ -43,6 +43,7 @@ from torch import Tensor
 from configs.errors import UserError, run_cli
 from configs.files import read_json
 from configs.packed import Packed, id_dtype, write_header
+from kd.prompts import prompt_ids_of
 from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
 from kd.store import Store, StoredAnswer
 
@@ -231,9 +232,10 @@ def _pack(
         except Misaligned as error:
             counts[f"left out: {error}"] += 1
             continue
+        prompt_ids = prompt_ids_of(answer.request, answer.prompt_ids, tokenizer)
         for index in range(count):
             try:
-                record = parse_answer(answer.request, answer.answer, table, index, answer.prompt_ids)
+                record = parse_answer(answer.request, answer.answer, table, index, prompt_ids)
             except Misaligned as error:
                 counts[f"left out: {error}"] += 1
                 continue

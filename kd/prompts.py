@@ -7,7 +7,7 @@ answers that the store has.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,23 @@ def request_of(
         return Job({**body, "prompt": text}, ids)
     assert tokenizer is not None and ids is not None
     return Job({**body, "prompt": [tokenizer.eot_id, *ids]}, ids)  # as in packed data, where a document follows another
+
+
+def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: TokenizerLike) -> list[int] | None:
+    """The prompt of a stored request as training text in this tokenizer's ids; `ids`: as it was when the answer was stored.
+
+    That may have been another tokenizer, so a chat is encoded again, and so is a text that `ids` do not spell here. Prompts
+    that were sent as ids are in the teacher's own, and stay.
+    """
+    text, messages = request.get("prompt"), request.get("messages")
+    if ids is not None and isinstance(messages, list) and messages:
+        text = messages[0].get("content") if len(messages) == 1 and isinstance(messages[0], dict) else None
+        if not isinstance(text, str) or not text.startswith(CONTINUE):
+            return tokenizer.encode_chat(messages, add_generation_prompt=True)
+        text = text.removeprefix(CONTINUE)
+    if ids is None or not isinstance(text, str) or tokenizer.decode(ids) == text:
+        return ids
+    return tokenizer.encode(text)
 
 
 def _json_lines(path: str) -> Iterator[dict[str, Any]]:

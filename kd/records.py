@@ -193,6 +193,8 @@ def _parse(
         prompt: Any = []
     else:
         prompt = next((known for known in (prompt_ids, told) if known is not None), [])
+        if any(not 0 <= i < table.tokenizer.size for i in prompt):
+            raise Misaligned("the prompt is of another tokenizer")
     finish = choice.get("finish_reason") or choice.get("done_reason") or choice.get("stop_type") or meta.get("finish_reason")
     top_ids, top_logprobs = _top(tokens, table)
     return TeacherRecord(

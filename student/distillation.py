@@ -166,12 +166,14 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
             except Interrupted:
                 raise KeyboardInterrupt from None
         answers = len(store)
+        data = PackedData(Path(cfg.data) / "train")
+        made_of = {"store_answers": answers, "kd_asked": cfg.kd_k, "tokenizer_fingerprint": data.fingerprint}
         meta = folder / "train" / "meta.json"
         if meta.exists():
             packed = json.loads(meta.read_text(encoding="utf-8"))
-            if (packed.get("store_answers"), packed.get("kd_asked")) == (answers, cfg.kd_k):
+            if all(packed.get(key) == value for key, value in made_of.items()):
                 return folder
-        tokenizer = TokenizerAdapter.load(PackedData(Path(cfg.data) / "train").tokenizer)
+        tokenizer = TokenizerAdapter.load(data.tokenizer)
         _log(f"packing {answers:,} answers of {path} into {folder}")
         counts = pack_answers(store, tokenizer, folder, k=cfg.kd_k, store_answers=answers, kd_asked=cfg.kd_k)
     _log(", ".join(f"{count:,} {what}" for what, count in counts.items()))

@@ -64,8 +64,9 @@ def main() -> None:
                 f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE"
             )
     teacher = open_teacher(cfg, cfg.seq_len * ae.k) if cfg.use_kd else None
-    train, val = PackedData.pair(teacher.folder if teacher else cfg.data)
-    check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, cfg.data)
+    folder = str(teacher.folder) if teacher else cfg.data
+    train, val = PackedData.pair(folder)
+    check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, folder)
     cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
     if cfg.latents == "none":
         cfg.mse_w = 0.0  # no latent is predicted

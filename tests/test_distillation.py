@@ -23,6 +23,7 @@ from kd import harvest as harvest_script
 from kd import kd_batcher
 from kd.kd_batcher import KDShard, KDWriter
 from kd.losses import bucket_kl, mean_kl
+from kd.prompts import CONTINUE
 from kd.records import MISSING
 from kd.store import Store
 from student import baseline, train_student
@@ -30,7 +31,7 @@ from student.baseline import load_token_model
 from student.distillation import Teacher, open_teacher, shift_right
 from student.losses import student_loss
 from student.train_student import pad_left
-from tools import export_hf
+from tools import data_packing, export_hf, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,42 @@ def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher:
     assert run_script(train_student, *flags) == 0
     with Store(store) as opened:
         assert 1200 <= opened.totals().completion_tokens < 1200 + 9 * 32  # up to 8 answers at once, and the probe
+
+
+def test_a_text_teacher_s_answers_serve_another_tokenizer(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its prompts are stored as ids, too, of the tokenizer of the harvest: they are packed again, as the same text."""
+    store, data, begins = tmp_path / "t.sqlite", tmp_path / "packed", "import os\nfor i in "
+    flags = ["--input", ROOT / "configs", "--output"]
+    assert run_script(train_tokenizer, *flags, tmp_path / "tokenizer", "--vocab_size", 300) == 0
+    assert run_script(data_packing, *flags, data, "--tokenizer", tmp_path / "tokenizer", "--seq_len", 32, "--k", 4) == 0
+    before, after = (TokenizerAdapter.load(folder / "tokenizer") for folder in (world.root, tmp_path))
+    assert after.decode(before.encode(begins)) != begins
+    texts = [f"range({i}): pass" for i in range(40)]
+    with Store(store) as opened:
+        for i, text in enumerate(texts):
+            chat = [{"role": "user", "content": begins}]
+            asked = [{"prompt": begins}, {"messages": [{"role": "user", "content": CONTINUE + begins}]}, {"messages": chat}][
+                i % 3
+            ]
+            ids = before.encode_chat(chat, add_generation_prompt=True) if i % 3 == 2 else before.encode(begins)
+            answer = json.dumps({"model": "m", "choices": [{"text": text}]}).encode()
+            opened.put({**asked, "seed": i}, answer, model="m", template=1, prompt_ids=ids, completion_tokens=9)
+    for folder, tokenizer in ((world.data, before), (data, after), (data, after)):
+        cfg = StudentTrainConfig(data=str(folder), use_kd=True, kd_store=str(store), kd_tokens=1)
+        teacher = open_teacher(cfg, 32)
+        documents = [
+            tokenizer.decode(doc)
+            for split in (teacher.train, teacher.val)
+            for doc in np.split(split.tokens, split.doc_starts[1:])
+        ]
+        chat_text = tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": begins}], add_generation_prompt=True))
+        assert sorted(documents) == sorted((chat_text if i % 3 == 2 else begins) + text for i, text in enumerate(texts))
+    assert capsys.readouterr().err.count("packing ") == 2  # the third finds what the second packed
+    kd = [*world.train_flags(tmp_path), *SMALL_LM, "--data", data, "--ae_ckpt", world.ae, "--use_kd", "--kd_store", store]
+    assert run_script(train_student, *kd, "--kd_tokens", 1) == 2
+    assert f"another tokenizer ({before.fingerprint[:12]}) than {tmp_path / 't-packed'}" in capsys.readouterr().err
 
 
 def test_resume_is_exact(world: World, at_teacher: Path) -> None:

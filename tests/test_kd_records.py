@@ -54,6 +54,13 @@ def test_vllm_completions() -> None:
     assert parse_answer({}, answer, TABLE).top_ids.tolist() == [[THE], [65]]
 
 
+def test_prompts_of_a_larger_vocabulary_are_misaligned() -> None:
+    with pytest.raises(Misaligned, match="the prompt is of another tokenizer"):
+        parse_answer({"messages": []}, good(), TABLE, prompt_ids=[1, TOKENIZER.size])
+    with pytest.raises(Misaligned, match="the prompt is of another tokenizer"):
+        parse_answer({"prompt": [TOKENIZER.size]}, completions(), TABLE)
+
+
 def test_ids_given_apart_win_over_strings() -> None:
     """A token whose string is a broken character is known by its id."""
     answer = completions(tokens=["the", " c", "\ufffd"], token_logprobs=[-1, -1, -1])
