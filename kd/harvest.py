@@ -227,23 +227,25 @@ class Harvest:
         return None
 
     def _estimate(self, first: Answer | None) -> None:
-        """Say what the tokens that the store lacks (all, where that is not known yet) take at most."""
+        """Say what --n_tokens takes: about, by the first answer; without one at least, as if answers were of full length.
+
+        Prompts are taken to be as long as the first.
+        """
         cfg, client = self.cfg, self.client
-        calls = -(-cfg.n_tokens // cfg.max_new_tokens)
-        prompts = calls * (cfg.prompt_tokens if cfg.data else 1)
-        if cfg.prompts:
-            prompts = calls * request_tokens(next(iter(self.prompts)).body)[0]
-        written = cfg.n_tokens
+        taught = cfg.max_new_tokens if first is None else max(1, self._taught(first))
+        calls, written = -(-cfg.n_tokens // taught), cfg.n_tokens
+        prompts = calls * (request_tokens(next(iter(self.prompts)).body)[0] if first is None else first.prompt_tokens)
         if cfg.mode == "score":
             prompts, written = written, 0
         dollars = client.model.cost(prompts, written)
         minutes = max(calls / client.gate.rpm, (prompts + written) / client.gate.tpm)
         if first is not None:
-            minutes = max(minutes, cfg.n_tokens / max(1, self._taught(first)) * first.seconds / client.concurrency / 60)
+            minutes = max(minutes, calls * first.seconds / client.concurrency / 60)
         self.log(
-            f"estimate for {cfg.n_tokens:,} tokens, less what {self.store.path} holds already: {calls:,} calls or more, "
-            f"{prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "
-            + (f"{minutes:.0f} minutes or more" if minutes else "time unknown before the first call (no --rpm or --tpm)")
+            f"estimate for {cfg.n_tokens:,} tokens, less what {self.store.path} holds already, "
+            + ("by the first answer: about " if first else "before an answer shows their length: at least ")
+            + f"{calls:,} calls, {prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "
+            + (f"{minutes:.0f} minutes" if minutes else "time unknown before the first call (no --rpm or --tpm)")
         )
 
 

@@ -245,6 +245,24 @@ def test_bodies_are_what_each_server_understands() -> None:
     assert (job.body["top_p"], job.body["top_k"], job.body["min_p"]) == (1, -1, 0)  # else a model's own defaults would cut
 
 
+def test_the_estimate_goes_by_the_first_answer(tmp_path: Path) -> None:
+    """Short answers to long prompts: what prompts cost was bounded from below before, and says so."""
+    said: list[str] = []
+    price = {"input": {"usd": 1}, "output": {"usd": 2}}
+    with FaultyServer() as server:  # answers of 3 tokens after 3 of a prompt, whatever is asked
+        server.models = [{"id": "teacher", "model_spec": {"pricing": price}}]
+        cfg = config(tmp_path, 2, n_tokens=3_000_000, max_new_tokens=512)
+        for dry_run in (True, False):
+            cfg.dry_run = dry_run
+            try:
+                harvest(cfg, Settings(server.url, "teacher"), QUICK, log=said.append)
+            except UserError as error:
+                assert "used up" in str(error)
+    before, after = (line for line in said if "estimate" in line)
+    assert "at least 5,860 calls, 35,160 prompt tokens, $6.04" in before and "time unknown" in before
+    assert "about 1,000,000 calls, 3,000,000 prompt tokens, $9.00" in after
+
+
 def test_a_budget_counts_earlier_runs(tmp_path: Path) -> None:
     """Running the same command again spends nothing more; a larger budget goes on."""
     price = {"input": {"usd": 0}, "output": {"usd": 1000}}  # an answer of 3 tokens: $0.003
