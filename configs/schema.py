@@ -117,7 +117,7 @@ class LMTrainConfig(TrainConfig):
     kd_data: str | None = opt(None, "answers packed by kd/kd_batcher.py; unset: --data if it is such, else --kd_store's")
     kd_store: str | None = opt(None, "the teacher's answers, as of kd/harvest.py; unset: data/teacher/MODEL.sqlite")
     kd_tokens: int = opt(1_000_000, "tokens of the teacher's text to harvest first while the store holds fewer", low=1)
-    kd_k: int = opt(20, "teacher's words a position to ask for and to pack", low=1)
+    kd_k: int = opt(20, "teacher's words a position to ask for and to pack; 0: its text alone, whatever its tokenizer", low=0)
     kd_budget_usd: float | None = opt(None, "most dollars that the store may cost, earlier runs included", low=0)
 
 

@@ -103,11 +103,13 @@ class Harvest:
             return self._estimate(None)
         first = await self._probe()
         if not self.summary.top_logprobs:
-            others = ", ".join(model.name for model in listed if model.logprobs) or "none"
-            self.log(
-                f"{client.settings.model} gives no top logprobs: going on with its text alone (sequence-level distillation)"
-            )
-            self.log(f"models listed there that give logprobs: {others}")
+            why = f"{client.settings.model} gives no top logprobs" if cfg.top_logprobs else "--top_logprobs 0"
+            self.log(f"{why}: going on with its text alone (sequence-level distillation)")
+            if cfg.top_logprobs:
+                others = ", ".join(model.name for model in listed if model.logprobs) or "none"
+                self.log(f"models listed there that give logprobs: {others}")
+        elif self.table is None:
+            self.log("no --tokenizer: not checked that the teacher's tokens are the student's; packing leaves out what is not")
         self._estimate(first)
         with tqdm(total=cfg.n_tokens, unit="tok", unit_scale=True, desc="harvest", mininterval=0.5) as self.bar:
             await client.run(self._missing(), self._handle)
@@ -131,7 +133,7 @@ class Harvest:
         """Find out what logprobs there are: from the first prompt's stored answer, else by asking for it."""
         cfg, client = self.cfg, self.client
         problem = Dropped("no prompts")
-        steps = [k for k in (cfg.top_logprobs, *STEPS_DOWN) if k <= cfg.top_logprobs]
+        steps = [k for k in (cfg.top_logprobs, *STEPS_DOWN) if 0 < k <= cfg.top_logprobs]
         for job in islice(self.prompts, PROBED):
             for fields in (*(logprob_fields(job.body, k) for k in steps), {}):
                 if (stored := self.store.get(self._key({**job.body, **fields}))) is not None:
@@ -197,7 +199,7 @@ class Harvest:
         if not summary.aligned and summary.misaligned.total() >= ALL_MISALIGNED:
             raise Stopped(
                 f"none of {ALL_MISALIGNED} answers aligns with the tokenizer ({summary.misaligned.most_common(1)[0][0]}): give "
-                "--tokenizer of this teacher; tools/verify_api.py shows more"
+                "--tokenizer of this teacher, or --top_logprobs 0 for its text alone; tools/verify_api.py shows more"
             )
 
     def _note(self, misaligned: str | None) -> None:
@@ -221,7 +223,8 @@ class Harvest:
         )
         if self.table is not None:
             try:
-                parse_answer(job.body, answer.body, self.table, prompt_ids=job.prompt_ids)
+                text_alone = not self.cfg.top_logprobs
+                parse_answer(job.body, answer.body, self.table, prompt_ids=job.prompt_ids, text_alone=text_alone)
             except Misaligned as error:
                 return str(error)
         return None

@@ -13,7 +13,7 @@ A shard is a packed split of `ae/chunks.py` (its `PackedData` reads it as plain 
 Row t is what the teacher says of token t, given the tokens of its document before it. Rows of a prompt, of an end-of-text
 that the teacher did not write and of positions without logprobs are missing throughout; where an answer was cut, the
 logprobs of the end-of-text's missing row are -inf: a text ends there that would have gone on. kd_kind is "logprobs", or
-"sequence" for a teacher that tells none: then kd_k is 0 and the two files are not there.
+"sequence" for a teacher that tells none and for --k 0: then kd_k is 0 and the two files are not there.
 
 Bytes a token: 2 + 4 k (82 at k = 20) with uint16 ids, 4 + 6 k (124 at k = 20) with uint32. float16 is good to 2.4e-4 nats
 from -0.5 to -1 and to 0.004 at -8.
@@ -195,6 +195,7 @@ def pack_answers(
 ) -> Counter[str]:
     """Write `output`/train, val and tokenizer from answers (a `Store` is such), and replace what was there once it is whole.
 
+    k: the teacher's words that are kept a position; 0: its text alone, whatever its tokenizer.
     Returns counts: documents, tokens and scored tokens of each split, duplicates, and the answers left out by reason.
     Raises UserError where no answer can be used, or a split stays empty.
     """
@@ -235,7 +236,7 @@ def _pack(
         prompt_ids = prompt_ids_of(answer.request, answer.prompt_ids, tokenizer)
         for index in range(count):
             try:
-                record = parse_answer(answer.request, answer.answer, table, index, prompt_ids)
+                record = parse_answer(answer.request, answer.answer, table, index, prompt_ids, text_alone=k == 0)
             except Misaligned as error:
                 counts[f"left out: {error}"] += 1
                 continue
@@ -283,13 +284,17 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="SQLite file of kd/harvest.py")
-    parser.add_argument("--tokenizer", required=True, help="the teacher's: folder, tokenizer.json or hub name")
+    parser.add_argument(
+        "--tokenizer", required=True, help="the teacher's (--k 0: the student's): folder, tokenizer.json or hub name"
+    )
     parser.add_argument("--output", required=True, help="folder of the shards")
-    parser.add_argument("--k", type=int, default=DEFAULT_K, help=f"teacher's words kept a position [{DEFAULT_K}]")
+    parser.add_argument(
+        "--k", type=int, default=DEFAULT_K, help=f"teacher's words kept a position; 0: text alone [{DEFAULT_K}]"
+    )
     parser.add_argument("--val_split", type=float, default=0.05, help="share of documents for validation [0.05]")
     args = parser.parse_args()
-    if args.k < 1 or not 0 < args.val_split < 1:
-        raise UserError(f"expected --k of at least 1 and --val_split between 0 and 1, got {args.k} and {args.val_split:g}")
+    if args.k < 0 or not 0 < args.val_split < 1:
+        raise UserError(f"expected --k of at least 0 and --val_split between 0 and 1, got {args.k} and {args.val_split:g}")
     with Store(args.store, must_exist=True) as store:
         counts = pack_answers(store, TokenizerAdapter.load(args.tokenizer), args.output, k=args.k, val_split=args.val_split)
     for what, count in counts.items():

@@ -298,11 +298,11 @@ class TeacherClient:
         return await self._exchange("POST", path, body, lambda response: self._read(body, response, start))
 
     async def probe(self, body: Mapping[str, Any], wanted: int = STEPS_DOWN[0]) -> tuple[Answer, dict[str, Any], int | None]:
-        """One real call that asks for `wanted` top logprobs, for fewer where that is refused, at last for none.
+        """One real call that asks for `wanted` top logprobs, for fewer where that is refused, at last (or for 0) for none.
 
         Returns the answer, the fields that were added to the body, and how many top logprobs came: None for no logprobs.
         """
-        for k in [wanted, *(step for step in STEPS_DOWN if step < wanted)]:
+        for k in [wanted, *(step for step in STEPS_DOWN if step < wanted)] if wanted else []:
             try:
                 fields = logprob_fields(body, k)
                 answer = await self.ask({**body, **fields})

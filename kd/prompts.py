@@ -37,10 +37,12 @@ class HarvestConfig:
     mode: str = opt(
         "auto", "chat, completions, score, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions", "score")
     )
-    text_prompts: bool = opt(False, "completions: send prompts as text, for servers that take no token ids")
+    text_prompts: bool = opt(
+        False, "completions: prompts as text, for servers that take no token ids or have another tokenizer"
+    )
     max_new_tokens: int = opt(512, "most tokens of an answer (--mode score: of the text that a request scores)", low=1)
     temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
-    top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position", low=1)
+    top_logprobs: int = opt(STEPS_DOWN[0], "most probable tokens to ask for at each position; 0: the text alone", low=0)
     seed: int = opt(0, "of the requests' seeds", low=0)
     whole_store: bool = opt(False, "--n_tokens counts all that the store holds, of other settings too")
     shard: str = opt("1/1", "i/n: of n machines, the prompts and tokens of the i-th; kd/shards.py merges their stores")
@@ -76,6 +78,8 @@ class Prompts:
         if cfg.mode == "score":
             if not cfg.data:
                 raise UserError("--mode score needs the text to be scored: give --data")
+            if not cfg.top_logprobs:
+                raise UserError("--mode score asks for logprobs alone: give --top_logprobs of at least 1")
             if settings.is_hosted or cfg.text_prompts:
                 raise UserError(
                     "--mode score needs a server that takes token ids and echoes them with logprobs, such as vLLM or "

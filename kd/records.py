@@ -149,13 +149,15 @@ def parse_answer(
     table: TokenTable,
     index: int = 0,
     prompt_ids: Sequence[int] | np.ndarray | None = None,
+    text_alone: bool = False,
 ) -> TeacherRecord:
     """The record of choice `index` of an answer to `request` (the body that was sent).
 
-    `prompt_ids`: the prompt as training text, where it is not what the server was sent (a chat). Raises Misaligned.
+    `prompt_ids`: the prompt as training text, where it is not what the server was sent (a chat). `text_alone`: leave out
+    logprobs and ids that the server tells, as its tokenizer may be another one. Raises Misaligned.
     """
     try:
-        return _parse(request, answer, table, index, prompt_ids)
+        return _parse(request, answer, table, index, prompt_ids, text_alone)
     except Misaligned:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -168,16 +170,19 @@ def _parse(
     table: TokenTable,
     index: int,
     prompt_ids: Sequence[int] | np.ndarray | None,
+    text_alone: bool,
 ) -> TeacherRecord:
     choice = choices_of(answer)[index]
     text, meta = text_of(choice), choice.get("meta_info") or {}
     sent = request.get("prompt", request.get("input_ids"))
     sent = sent if isinstance(sent, list) and all(isinstance(i, int) for i in sent) else None
-    told = choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or sent
-    written = next((choice[key] for key in ("token_ids", "output_ids") if choice.get(key)), None)
-
-    tokens = _generated(choice, meta)
-    scored = _scored(request, answer, choice, meta, told)
+    told, written = sent, None
+    tokens: list[Token] | None = None
+    scored: list[Token] | None = [] if request.get("echo") else None
+    if not text_alone:
+        told = choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or sent
+        written = next((choice[key] for key in ("token_ids", "output_ids") if choice.get(key)), None)
+        tokens, scored = _generated(choice, meta), _scored(request, answer, choice, meta, told)
     if tokens is None:
         tokens = [Token(id=i) for i in (table.tokenizer.encode(text) if written is None else written)]
     elif request.get("echo"):

@@ -64,7 +64,7 @@ class Teacher:
         log(f"distillation: {about['kind']} from {', '.join(about['teacher'])}, {about['tokens']:,} tokens in {self.folder}")
         if self.soft:
             return ce_w
-        log(f"the teacher told no logprobs: --kd_w {cfg.kd_w:g} is added to --ce_w {ce_w:g}, on the tokens that it wrote")
+        log(f"no logprobs of the teacher's: --kd_w {cfg.kd_w:g} is added to --ce_w {ce_w:g}, on the tokens that it wrote")
         return ce_w + cfg.kd_w
 
     def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor | None:
@@ -153,6 +153,7 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         max_new_tokens=max(1, min(HarvestConfig.max_new_tokens, window - prompt - 1)),  # one for the start of text
         store=cfg.kd_store,
         top_logprobs=cfg.kd_k,
+        text_prompts=not cfg.kd_k,  # ids would be words of the teacher's tokenizer
         budget_usd=cfg.kd_budget_usd,
     )
     path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())

@@ -107,6 +107,15 @@ def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher:
         assert 1200 <= opened.totals().completion_tokens < 1200 + 9 * 32  # up to 8 answers at once, and the probe
 
 
+def test_the_text_alone_is_asked_for_as_text(world: World, at_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--kd_k 0: no ids go to the teacher, whose tokenizer may be another one, and no logprobs come back."""
+    flags = [*world.train_flags(at_teacher), *SMALL_LM, "--k", 4, "--max_steps", 1, "--use_kd", "--kd_tokens", 300]
+    assert run_script(baseline, *flags, "--kd_k", 0) == 0
+    assert "sequence-level from tiny" in capsys.readouterr().err
+    with Store("data/teacher/tiny.sqlite", must_exist=True) as store:
+        assert all(isinstance(row.request["prompt"], str) and "logprobs" not in row.request for row in store)
+
+
 def test_a_text_teacher_s_answers_serve_another_tokenizer(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -375,6 +375,16 @@ def test_probe_of_a_server_without_logprobs() -> None:
     assert call(ignores, lambda client: client.probe(BODY))[1:] == ({"logprobs": True, "top_logprobs": 20}, None)
 
 
+def test_probe_that_wants_no_logprobs() -> None:
+    asked: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=good())
+
+    assert call(handler, lambda client: client.probe(BODY, 0))[1:] == ({}, None) and asked == [BODY]
+
+
 def test_models() -> None:
     spec = {
         "availableContextTokens": 1000, "maxCompletionTokens": 16, "capabilities": {"supportsLogProbs": True},

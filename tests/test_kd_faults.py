@@ -22,9 +22,11 @@ from conftest import ROOT, World, run_script
 from faulty_server import ByteTokenizer, FaultyServer, harvest_in_a_child
 
 from ae.chunks import PackedData
+from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd import harvest as harvest_script
 from kd.harvest import HarvestConfig, Summary, harvest
+from kd.kd_batcher import KDShard, pack_answers
 from kd.kd_client import Settings, Stopped
 from kd.limits import Patience
 from kd.prompts import request_of
@@ -325,6 +327,33 @@ def test_a_wrong_tokenizer_stops_before_it_costs_much(packed: World, tmp_path: P
         assert len(server.log) <= 25
 
 
+def test_its_text_alone_needs_no_tokenizer_of_the_teacher(packed: World, tmp_path: Path) -> None:
+    """Nothing is misaligned where no logprobs are asked for; logprobs that were stored before are left out."""
+    tokenizer = TokenizerAdapter.load(packed.root / "tokenizer")
+    said: list[str] = []
+    with FaultyServer() as server:
+        cfg = config(tmp_path, 30, tokenizer=str(packed.root / "tokenizer"), n_tokens=75, temperature=1.0, concurrency=2)
+        with pytest.raises(Stopped, match=r"none of 20 answers aligns .* or --top_logprobs 0 for its text alone"):
+            quiet(cfg, server.url)
+        cfg.top_logprobs = 0
+        summary = harvest(cfg, Settings(server.url, "teacher"), QUICK, log=said.append)
+    text = "\n".join(said)
+    assert "--top_logprobs 0: going on with its text alone" in text and "gives no top logprobs" not in text
+    assert summary.aligned >= 25 and not summary.misaligned and summary.top_logprobs is None
+    with Store(tmp_path / "t.sqlite") as store:
+        assert sum("logprobs" not in row.request for row in store) == summary.aligned
+        counts = pack_answers(store, tokenizer, tmp_path / "kd", k=0)
+    assert KDShard(tmp_path / "kd" / "train").kind == "sequence" and not any("left out" in what for what in counts)
+    assert counts["train documents"] + counts["val documents"] == summary.aligned  # the equal ones of both harvests once
+
+
+def test_logprobs_that_no_tokenizer_checks_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    with FaultyServer() as server:
+        harvest(config(tmp_path, 5, n_tokens=6), Settings(server.url, "teacher"), QUICK, log=said.append)
+    assert sum("no --tokenizer: not checked" in line for line in said) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -334,6 +363,7 @@ def test_a_wrong_tokenizer_stops_before_it_costs_much(packed: World, tmp_path: P
         ({"mode": "completions"}, "give --tokenizer"),
         ({"prompts": __file__}, r"test_kd_faults\.py:1: expected a JSON object"),
         ({"budget_usd": 1.0}, "lists no price"),
+        ({"mode": "score", "data": "x", "prompts": None, "top_logprobs": 0}, "--top_logprobs of at least 1"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path: Path, flags: dict[str, Any], message: str) -> None:

@@ -80,6 +80,20 @@ def test_our_local_teachers_ids() -> None:
     assert record.sampled_id.tolist() == [THE, CAT] and record.top_ids.tolist() == [[THE, 65], [CAT, 66]]
 
 
+def test_the_text_alone_of_another_tokenizer() -> None:
+    """Neither what the server's ids mean nor what its tokens are matters: the text is encoded here."""
+    answer = good()
+    answer["choices"][0] |= {"token_ids": [7, 8], "prompt_token_ids": [9]}
+    with pytest.raises(Misaligned):
+        parse_answer({}, answer, TABLE)
+    record = parse_answer({"messages": []}, answer, TABLE, prompt_ids=[1], text_alone=True)
+    assert record.sampled_id.tolist() == TOKENIZER.encode("the cat sat") and record.prompt_ids.tolist() == [1]
+    assert not record.has_logprobs and record.finish_reason == "stop"
+    assert not len(parse_answer({"messages": []}, answer, TABLE, text_alone=True).prompt_ids)
+    echoed = parse_answer({"prompt": [THE], "echo": True}, completions(), TABLE, text_alone=True)
+    assert TOKENIZER.decode(echoed.sampled_id) == "the cat" and not len(echoed.prompt_ids)
+
+
 def test_echo_scores_prompt_and_text() -> None:
     answer = completions(token_logprobs=[None, -0.25], top_logprobs=[None, {" cat": -0.25, " sat": -2.0}])
     record = parse_answer({"prompt": "the", "echo": True, "max_tokens": 1}, answer, TABLE)

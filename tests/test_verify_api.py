@@ -57,7 +57,11 @@ def test_restrictions_are_stated(packed: World, capsys: pytest.CaptureFixture[st
         server.models = [TEACHER]
         assert check(server, "--tokenizer", packed.root / "tokenizer") == 1
     out = capsys.readouterr().out
-    assert "do not align with" in out and "2 top logprobs a token, not 20" in out
+    assert (
+        "do not align with" in out
+        and "use its text alone (kd/harvest.py --top_logprobs 0" in out
+        and "2 top logprobs a token, not 20" in out
+    )
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def align(job: Job, answer: Answer, tokenizer: TokenizerAdapter | None, report: 
         record = parse_answer(job.body, answer.body, TokenTable(tokenizer), prompt_ids=job.prompt_ids)
     except Misaligned as error:
         advice = (
-            f"its tokens are not those of {tokenizer.source} ({error}): give --tokenizer of this teacher, or use its text alone"
+            f"its tokens are not those of {tokenizer.source} ({error}): give --tokenizer of this teacher, or use its text "
+            "alone (kd/harvest.py --top_logprobs 0, kd/kd_batcher.py --k 0, --use_kd --kd_k 0)"
         )
         return report.row("tokens", f"do not align with {name}", advice)
     if not record.has_logprobs:
