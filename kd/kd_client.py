@@ -44,6 +44,7 @@ DROPPED_IN_A_ROW = 20  # prompts dropped with no answer between: something is wr
 BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 4  # an estimate, where no count is known
 MOST_PER_MESSAGE = 64  # tokens that a chat template adds to a message, a system prompt of its own included
 SECRET = 12  # characters from which a key is told from words like "none" or "ollama"
+SAID = 300  # characters of a server's error that are shown, counted once the key is out of them
 TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
 COSTS_ONE_PROMPT = {400, 413, 415, 422}
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
@@ -376,7 +377,7 @@ class TeacherClient:
                     )
                 if status not in TRY_AGAIN and status < 500:
                     self.gate.failed()
-                    self._refuse(status, self._redact(_error_text(response)))
+                    self._refuse(status, self._redact(_error_text(response))[:SAID])
             except _Broken as error:
                 problem = f"broken answer: {error}"
             except (httpx.RequestError, asyncio.TimeoutError) as error:
@@ -447,14 +448,14 @@ class TeacherClient:
             choices = []
         if not choices or not all(isinstance(c.get("message"), dict) or isinstance(c.get("text"), str) for c in choices):
             raise _Broken("no choices")
+        if len(self.settings.api_key) >= SECRET and self.settings.api_key.encode() in raw:
+            raise Dropped("the answer repeats the API key")
         told = answer.get("model")
         if isinstance(told, str) and not same_model(self.settings.model, told) and not self.allow_other_model:
             raise Stopped(
                 f"asked for the model {self.settings.model!r}, answered by {told!r}: its answer was not kept. Ask for that "
                 "model by name, or allow it with --allow_other_model"
             )
-        if len(self.settings.api_key) >= SECRET and self.settings.api_key.encode() in raw:
-            raise Dropped("the answer repeats the API key")
         usage, expected = _dict(answer.get("usage")), request_tokens(body)
         n_prompt = int(_number(usage.get("prompt_tokens")) or expected[0])
         texts = (_dict(c.get("message")).get("content") or c.get("text") or "" for c in choices)
@@ -498,4 +499,4 @@ def _error_text(response: httpx.Response) -> str:
         body = {}
     said = body.get("error") or body.get("detail") or body.get("message")
     said = said.get("message") if isinstance(said, dict) else said
-    return " ".join(str(said or response.reason_phrase).split())[:300]
+    return " ".join(str(said or response.reason_phrase).split())

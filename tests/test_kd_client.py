@@ -441,9 +441,19 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert Settings.load(base_url="http://10.0.0.2/v1", allow_http=True, env_file=str(env)).host == "10.0.0.2"
 
 
-def test_an_answer_that_repeats_the_key_is_not_kept() -> None:
+@pytest.mark.parametrize(("status", "kind"), [(400, Dropped), (401, Stopped)])
+def test_no_part_of_the_key_is_shown(status: int, kind: type[Exception]) -> None:
+    """A long error is cut once the key is out of it, wherever that stood."""
+    for before in range(300 - len(KEY), 301):
+        with pytest.raises(kind) as caught:
+            ask(replies(httpx.Response(status, json={"error": "x" * before + KEY + "y" * 300})))
+        assert KEY[:4] not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("field", ["echo", "model"])
+def test_an_answer_that_repeats_the_key_is_not_kept(field: str) -> None:
     with pytest.raises(Dropped, match="repeats the API key"):
-        ask(replies(httpx.Response(200, json={**good(), "echo": KEY})))
+        ask(replies(httpx.Response(200, json={**good(), field: KEY})))
 
 
 # ------------------------------------------------------------------------------------------------- on real sockets
