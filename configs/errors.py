@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FILE_ERRORS = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+FILE_ERRORS = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 EXIT_INTERRUPTED = 130
 
 

@@ -44,7 +44,6 @@ DROPPED_IN_A_ROW = 20  # prompts dropped with no answer between: something is wr
 BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 4, 4  # an estimate, where no count is known
 MOST_PER_MESSAGE = 64  # tokens that a chat template adds to a message, a system prompt of its own included
 SECRET = 12  # characters from which a key is told from words like "none" or "ollama"
-SAID = 300  # characters of a server's error that are shown, counted once the key is out of them
 TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
 COSTS_ONE_PROMPT = {400, 413, 415, 422}
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
@@ -96,7 +95,10 @@ class Settings:
 
         Raises UserError for what is missing or unsafe, without naming the key.
         """
-        values = {**dotenv_values(env_file), **os.environ}
+        try:
+            values = {**dotenv_values(env_file, encoding="utf-8-sig"), **os.environ}
+        except UnicodeDecodeError:
+            raise UserError(f"{env_file} is not UTF-8 text; save it again as UTF-8") from None
         url = (base_url or values.get("VENICE_BASE_URL") or "").strip().rstrip("/")
         name = (model or values.get("VENICE_MODEL") or "").strip()
         key = (values.get("VENICE_API_KEY") or "").strip()
@@ -249,13 +251,17 @@ class TeacherClient:
         self.stopped: Exception | None = None
         self._stop = asyncio.Event()
         key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-        self._http = httpx.AsyncClient(
-            headers={"Content-Type": "application/json", **key},
-            timeout=httpx.Timeout(self.patience.timeout_s, connect=min(10.0, self.patience.timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            trust_env=not _is_loopback(settings.host),  # no proxy on the way to this machine
-            transport=transport,
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                headers={"Content-Type": "application/json", **key},
+                timeout=httpx.Timeout(self.patience.timeout_s, connect=min(10.0, self.patience.timeout_s), pool=None),
+                limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
+                trust_env=not _is_loopback(settings.host),  # no proxy on the way to this machine
+                transport=transport,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL):  # their texts may quote a password
+            wanted = "expected http://host:port (socks5:// needs `pip install httpx[socks]`)"
+            raise UserError(f"the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY cannot be used: {wanted}") from None
 
     def __repr__(self) -> str:
         return f"TeacherClient({self.settings!r})"
@@ -377,7 +383,7 @@ class TeacherClient:
                     )
                 if status not in TRY_AGAIN and status < 500:
                     self.gate.failed()
-                    self._refuse(status, self._redact(_error_text(response))[:SAID])
+                    self._refuse(status, _error_text(response, self.settings.api_key))
             except _Broken as error:
                 problem = f"broken answer: {error}"
             except (httpx.RequestError, asyncio.TimeoutError) as error:
@@ -468,9 +474,6 @@ class TeacherClient:
         self.spent += cost
         return Answer(raw, answer, n_prompt, int(n_written), cost, time.monotonic() - start)
 
-    def _redact(self, text: str) -> str:
-        return text.replace(self.settings.api_key, "[key]") if self.settings.api_key else text
-
 
 class _Broken(Exception):
     """A body with status 200 that is no answer."""
@@ -491,12 +494,13 @@ def _json(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _error_text(response: httpx.Response) -> str:
-    """What the server says went wrong, one line."""
+def _error_text(response: httpx.Response, key: str) -> str:
+    """What the server says went wrong, one line, cut once the key is out of it."""
     try:
         body = _json(response.content)
     except _Broken:
         body = {}
     said = body.get("error") or body.get("detail") or body.get("message")
     said = said.get("message") if isinstance(said, dict) else said
-    return " ".join(str(said or response.reason_phrase).split())
+    text = " ".join(str(said or response.reason_phrase).split())
+    return (text.replace(key, "[key]") if key else text)[:300]

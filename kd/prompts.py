@@ -199,6 +199,17 @@ def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: 
     return tokenizer.encode(text)
 
 
+def _is_prompt(row: Any) -> bool:
+    """Whether a line has a `text`, `prompt` or `messages` that is not empty, and none of another type."""
+    if not isinstance(row, dict):
+        return False
+    texts, messages = [row.get("text") or "", row.get("prompt") or ""], row.get("messages") or []
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return False
+    strings = [*texts, *(message.get(key) for message in messages for key in ("role", "content"))]
+    return any([*texts, messages]) and all(isinstance(string, str) for string in strings)
+
+
 def _json_lines(path: str) -> Iterator[dict[str, Any]]:
     """Objects with `text`, `prompt` or `messages`. Raises UserError naming the line that is something else."""
     try:
@@ -208,10 +219,13 @@ def _json_lines(path: str) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = None
-                if not isinstance(row, dict) or not any(row.get(key) for key in ("text", "prompt", "messages")):
-                    raise UserError(f"{path}:{number}: expected a JSON object with `text`, `prompt` or `messages`")
+                if not _is_prompt(row):
+                    raise UserError(
+                        f"{path}:{number}: expected a JSON object with `text` or `prompt`, a string, or with `messages`, a "
+                        "list of objects with strings `role` and `content`"
+                    )
                 yield {key: row[key] for key in ("text", "prompt", "messages") if row.get(key)}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from None

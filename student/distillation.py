@@ -6,7 +6,6 @@ KL term. They are packed from the store (kd/store.py), which is harvested first 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ae.chunks import PackedData
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs import loop
 from configs.errors import UserError
+from configs.files import read_json
 from configs.parallel import world
 from configs.schema import LMTrainConfig
 from kd.harvest import HarvestConfig, harvest, store_path
@@ -171,7 +171,7 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         made_of = {"store_answers": answers, "kd_asked": cfg.kd_k, "tokenizer_fingerprint": data.fingerprint}
         meta = folder / "train" / "meta.json"
         if meta.exists():
-            packed = json.loads(meta.read_text(encoding="utf-8"))
+            packed = read_json(meta)
             if all(packed.get(key) == value for key, value in made_of.items()):
                 return folder
         tokenizer = TokenizerAdapter.load(data.tokenizer)

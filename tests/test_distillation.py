@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import ROOT, SMALL_LM, World, make_student, run_script
 from faulty_server import FaultyServer
 
 from ae.tokenizer_adapter import TokenizerAdapter
+from configs.errors import UserError
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from kd import harvest as harvest_script
 from kd import kd_batcher
@@ -147,6 +149,10 @@ def test_a_text_teacher_s_answers_serve_another_tokenizer(
         chat_text = tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": begins}], add_generation_prompt=True))
         assert sorted(documents) == sorted((chat_text if i % 3 == 2 else begins) + text for i, text in enumerate(texts))
     assert capsys.readouterr().err.count("packing ") == 2  # the third finds what the second packed
+    (tmp_path / "t-packed" / "train" / "meta.json").write_text("{")
+    with pytest.raises(UserError, match=r"meta\.json cannot be read"):
+        open_teacher(cfg, 32)
+    shutil.rmtree(tmp_path / "t-packed")
     kd = [*world.train_flags(tmp_path), *SMALL_LM, "--data", data, "--ae_ckpt", world.ae, "--use_kd", "--kd_store", store]
     assert run_script(train_student, *kd, "--kd_tokens", 1) == 2
     assert f"another tokenizer ({before.fingerprint[:12]}) than {tmp_path / 't-packed'}" in capsys.readouterr().err

@@ -450,6 +450,29 @@ def test_no_part_of_the_key_is_shown(status: int, kind: type[Exception]) -> None
         assert KEY[:4] not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_an_env_file_of_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As editors on Windows save it: UTF-16 is refused in one line, UTF-8 with its mark in front is read."""
+    for name in ("VENICE_BASE_URL", "VENICE_API_KEY", "VENICE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    env = tmp_path / ".env"
+    content = f"VENICE_BASE_URL=https://x/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=m\n"
+    env.write_text(content, encoding="utf-16")
+    with pytest.raises(UserError, match=r"\.env is not UTF-8 text"):
+        Settings.load(env_file=str(env))
+    env.write_text(content, encoding="utf-8-sig")
+    assert Settings.load(env_file=str(env)) == Settings("https://x/v1", "m", KEY)
+
+
+@pytest.mark.parametrize("proxy", ["gopher://x:1", "socks5://x:1", "http://me:secret-word/@x"])
+def test_a_proxy_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    with pytest.raises(UserError, match="the proxy in HTTPS_PROXY") as caught:
+        TeacherClient(VENICE)
+    assert "secret-word" not in str(caught.value)
+    TeacherClient(LOCAL)  # no proxy on the way there
+
+
 @pytest.mark.parametrize("field", ["echo", "model"])
 def test_an_answer_that_repeats_the_key_is_not_kept(field: str) -> None:
     with pytest.raises(Dropped, match="repeats the API key"):

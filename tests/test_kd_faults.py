@@ -385,11 +385,32 @@ def harvest_without_tokenizer(cfg: HarvestConfig, url: str, load: Callable[[Harv
         harvest_script.load_tokenizer = before
 
 
-def test_lines_that_are_no_prompts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"other": 1}',
+        '{"text": 5}',
+        '{"prompt": ["a"]}',
+        '{"messages": "hi"}',
+        '{"messages": ["hi"]}',
+        '{"messages": [{"content": "hi"}]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+        '{"messages": []}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
+def test_lines_that_are_no_prompts(tmp_path: Path, line: str) -> None:
     cfg = config(tmp_path, 2)
-    Path(str(cfg.prompts)).write_text('{"prompt": "a"}\n\n{"other": 1}\n')
+    Path(str(cfg.prompts)).write_text(f'{{"prompt": "a", "text": null}}\n\n{line}\n')
     with FaultyServer() as server, pytest.raises(UserError, match=r"p\.jsonl:3: expected a JSON object"):
         quiet(cfg, server.url)
+
+
+def test_a_store_below_a_file_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 1)
+    flags = ["--prompts", prompts, "--store", prompts / "t.sqlite", "--mode", "chat", "--model", "m"]
+    assert run_script(harvest_script, *flags, "--base_url", "http://127.0.0.1:1/v1") == 2
+    assert "p.jsonl: File exists; expected a path that can be used" in capsys.readouterr().err
 
 
 def test_kd_is_light_to_import() -> None:
