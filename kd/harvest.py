@@ -104,6 +104,8 @@ class Harvest:
         first = await self._probe()
         if not self.summary.top_logprobs:
             why = f"{client.settings.model} gives no top logprobs" if cfg.top_logprobs else "--top_logprobs 0"
+            if cfg.top_logprobs and first is None:
+                why = "the first stored answer has no top logprobs (another --store or --seed asks for them anew)"
             self.log(f"{why}: going on with its text alone (sequence-level distillation)")
             if cfg.top_logprobs:
                 others = ", ".join(model.name for model in listed if model.logprobs) or "none"

@@ -316,6 +316,21 @@ def test_no_logprobs_there_is_said(tmp_path: Path) -> None:
         summary = harvest(cfg, Settings(server.url, "teacher"), QUICK, log=said.append)
     text = "\n".join(said)
     assert summary.top_logprobs is None and "sequence-level" in text and "that give logprobs: better" in text
+    assert "teacher gives no top logprobs" in text
+
+
+def test_a_stored_answer_without_logprobs_is_not_said_to_be_asked_again(tmp_path: Path) -> None:
+    """The server gives logprobs by now: the same harvest goes on as it was begun, another seed finds out."""
+    said: list[str] = []
+    with FaultyServer(lambda number, prompt: "odd null" if number < 2 else "good") as server:
+        cfg = config(tmp_path, 5, n_tokens=6, temperature=1.0, concurrency=1)
+        quiet(cfg, server.url)
+        for seed, text_alone in ((0, True), (1, False)):
+            cfg.seed, asked = seed, len(server.log)
+            summary = harvest(cfg, Settings(server.url, "teacher"), QUICK, log=said.append)
+            assert (summary.top_logprobs is None) == text_alone == (len(server.log) == asked)
+    text = "\n".join(said)
+    assert "the first stored answer has no top logprobs (another --store or --seed" in text and "gives no top" not in text
 
 
 def test_a_wrong_tokenizer_stops_before_it_costs_much(packed: World, tmp_path: Path) -> None:
