@@ -74,10 +74,10 @@ def test_two_thousand_requests_against_a_server_that_fails_in_every_way(tmp_path
     once = {700: "swapped", 1300: "402", 400: "hung", 900: "hung"}
 
     def behave(number: int, prompt: str) -> str:
-        if prompt in bad:
-            return bad[prompt]
         if number in once:
             return once.pop(number)
+        if prompt in bad:
+            return bad[prompt]
         if rng.random() < 0.08:
             return rng.choice(TRANSIENT)
         kind = int(prompt.split()[1])
