@@ -189,9 +189,9 @@ def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: 
     that were sent as ids are in the teacher's own, and stay.
     """
     text, messages = request.get("prompt"), request.get("messages")
-    if ids is not None and isinstance(messages, list) and messages:
-        text = messages[0].get("content") if len(messages) == 1 and isinstance(messages[0], dict) else None
-        if not isinstance(text, str) or not text.startswith(CONTINUE):
+    if ids is not None and messages and _is_chat(messages):
+        text = messages[-1]["content"]
+        if len(messages) > 1 or not text.startswith(CONTINUE):
             return tokenizer.encode_chat(messages, add_generation_prompt=True)
         text = text.removeprefix(CONTINUE)
     if ids is None or not isinstance(text, str) or tokenizer.decode(ids) == text:
@@ -204,10 +204,14 @@ def _is_prompt(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
     texts, messages = [row.get("text") or "", row.get("prompt") or ""], row.get("messages") or []
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return False
-    strings = [*texts, *(message.get(key) for message in messages for key in ("role", "content"))]
-    return any([*texts, messages]) and all(isinstance(string, str) for string in strings)
+    return any([*texts, messages]) and all(isinstance(text, str) for text in texts) and _is_chat(messages)
+
+
+def _is_chat(messages: Any) -> bool:
+    """Whether it is a list of objects with strings `role` and `content`."""
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
 
 
 def _json_lines(path: str) -> Iterator[dict[str, Any]]:
