@@ -95,11 +95,10 @@ def _attention(cfg: BackboneConfig, keys: float, local_keys: float, entries: flo
     backbone = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_width * keys
     if not isinstance(cfg, StudentConfig):
         return [("backbone", backbone)]
-    local = cfg.local_decoder != "none" and cfg.head == "direct"
     local_keys = cfg.local_layers * local_keys + (entries + 1 if cfg.local_memory else 0)
     return [
         ("backbone", backbone / cfg.k if cfg.latents == "on" else 0.0),
-        ("local decoder", 4.0 * cfg.embed_dim * local_keys if local else 0.0),
+        ("local decoder", 4.0 * cfg.embed_dim * local_keys if cfg.has_local_decoder else 0.0),
     ]
 
 

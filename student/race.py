@@ -252,8 +252,9 @@ def cost(cfg: BackboneConfig, vocabulary: Vocabulary | None, rows: int, context:
         weights["vocabulary"] = vocabulary.bytes_read(rows)
     positions, steps = (context / cfg.k, cfg.k) if isinstance(cfg, StudentConfig) else (context, 1)
     cache = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_width * width * positions / steps
-    if isinstance(cfg, StudentConfig) and cfg.local_memory:  # read at every token
-        cache += 2 * cfg.embed_dim * width * context
+    if isinstance(cfg, StudentConfig) and cfg.has_local_decoder:  # its windows and its memory, read at every token
+        entries = cfg.local_layers * (cfg.window + cfg.k) + (context if cfg.local_memory else 0)
+        cache += 2 * entries * cfg.embed_dim * width
     return sum(flops.values()), sum(weights.values()) / rows + cache
 
 

@@ -68,6 +68,10 @@ class StudentConfig(BackboneConfig):
             raise UserError(f"--local_decoder {self.local_decoder} has no memory; add --no-local_memory")
 
     @property
+    def has_local_decoder(self) -> bool:
+        return self.head == "direct" and self.local_decoder != "none"
+
+    @property
     def window(self) -> int:
         """Tokens that a layer of the local decoder sees: a decoder that restarts sees its own chunk's at most."""
         return min(self.local_window, self.k) if self.local_decoder == "restart" else self.local_window
@@ -86,7 +90,7 @@ class Student(nn.Module):
         self.ae = Autoencoder(cfg.ae)
         self.local: LocalDecoder | None = None
         self.bypass: nn.Linear | None = None
-        if cfg.head == "direct" and cfg.local_decoder != "none":
+        if cfg.has_local_decoder:
             memory = cfg.k if cfg.local_memory else 0
             self.local = LocalDecoder(
                 cfg.embed_dim, cfg.local_layers, cfg.window, cfg.local_qk_norm, memory, cfg.local_tokens, cfg.local_ffn_dim

@@ -16,6 +16,8 @@ from conftest import ROOT, World, make_student, make_token_model, run_script
 import bench
 from student import race, speed
 from student.drawing import Int8, Screen, Vocabulary
+from student.fast import FastSampler
+from student.flops import generation_bytes
 
 COLUMNS = {
     "scale", "racer", "batch", "prompt_tokens", "tokens_per_s", "ms_per_step", "ttft_s", "peak_mb", "backbone_steps",
@@ -157,6 +159,20 @@ def test_a_cell_cost_counts_what_is_read() -> None:
     assert screened[0] < full[0] and screened[1] < full[1]
     eight = race.cost(student.cfg, Int8(table, never), 1, 32, 2)
     assert eight[0] == full[0] and full[1] - eight[1] == 3 * table.numel() - 2 * len(table)  # of 4 bytes, and scales of 2
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_students_cost_counts_every_cache_that_a_token_reads(layers: int, memory: bool) -> None:
+    """Behind 32 tokens: the backbone's every K = 4 tokens, the local decoder's at each, as large as the fast path has them."""
+    model = make_student(local_layers=layers, local_memory=memory)
+    window = FastSampler(model, race.Ids(320), dtype=torch.bfloat16, compile=False).window  # type: ignore[arg-type]
+    assert window is not None
+    backbone = 2 * 2 * 8 * 2 * (32 // 4) / 4  # keys and values, 2 layers, 1 head of 8
+    local = sum(x.nbytes for x in (*window.turned, *window.values)) + memory * 2 * 16 * 2 * 32
+    weights = sum(generation_bytes(model.cfg, 2).values())
+    for rows in (1, 32):
+        assert race.cost(model.cfg, None, rows, 32, 2)[1] == pytest.approx(weights / rows + backbone + local)
 
 
 def test_screen_quality() -> None:
