@@ -1,9 +1,18 @@
-"""The residual block that the autoencoder and the local decoder share."""
+"""What the autoencoder and the local decoder share: the residual block, and the heads that a width is cut into."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HEAD_DIM = 64
+
+
+def heads_of(dim: int) -> int:
+    """Heads of the local decoder's attention, about HEAD_DIM wide each. Rotary embedding needs a `dim` that is a multiple of
+    twice as many.
+    """
+    return max(1, dim // HEAD_DIM)
 
 
 class SwiGLU(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ae.ae_model import AEConfig, Autoencoder
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from ae.initialise import copy_embedding
+from ae.layers import heads_of
 from ae.losses import MAX_LOGITS, ae_loss, kl_to_unit_gaussian
 from configs import loop, plan
 from configs.errors import run_cli
@@ -79,6 +80,8 @@ def main() -> None:
     if cfg.init_from and not cfg.dry_run:
         setup.run.log(f"ae: {copy_embedding(model, cfg.init_from)}")
     plan.place(model, setup.device)
+    if cfg.embed_dim % (even := 2 * heads_of(cfg.embed_dim)):
+        setup.run.log(f"ae: --embed_dim {cfg.embed_dim} is no multiple of {even}: no student with a local decoder can use it")
     setup.run.log(f"ae: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {cfg.batch_size} chunks")
 
     def loss(chunks: Tensor) -> loop.Losses:

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ae.layers import SwiGLU
+from ae.layers import SwiGLU, heads_of
 
-HEAD_DIM = 64
 WRITTEN_OUT = 1 << 20  # queries times keys up to which attention to the memory is written out on a CPU
 ROPE_BASE = 1000.0  # wavelengths from 6 to about 4,000 tokens: far more than a window
 
@@ -123,7 +122,7 @@ class LocalLayer(nn.Module):
 
     def __init__(self, dim: int, window: int, qk_norm: bool, ffn_dim: int) -> None:
         super().__init__()
-        self.heads, self.window = max(1, dim // HEAD_DIM), window
+        self.heads, self.window = heads_of(dim), window
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.norm_q, self.norm_k = (nn.RMSNorm(dim // self.heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
@@ -164,7 +163,7 @@ class Memory(nn.Module):
 
     def __init__(self, dim: int, k: int) -> None:
         super().__init__()
-        self.heads, self.k, self.lag = max(1, dim // HEAD_DIM), k, lag(k)
+        self.heads, self.k, self.lag = heads_of(dim), k, lag(k)
         self.norm, self.norm_state, self.norm_token = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
         self.query = nn.Linear(dim, dim, bias=False)
         self.key, self.value = nn.Linear(2 * dim, dim, bias=False), nn.Linear(2 * dim, dim, bias=False)

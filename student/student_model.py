@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from ae.ae_model import AEConfig, Autoencoder
+from ae.layers import heads_of
 from ae.losses import token_nll
 from configs.errors import UserError
 from configs.run import load_model
@@ -66,6 +67,11 @@ class StudentConfig(BackboneConfig):
             raise UserError("with --head energy only a latent reaches the tokens; add --no-local_memory --no-latent_bypass")
         if self.local_memory and self.local_decoder != "window":
             raise UserError(f"--local_decoder {self.local_decoder} has no memory; add --no-local_memory")
+        if self.has_local_decoder and self.embed_dim % (even := 2 * heads_of(self.embed_dim)):
+            raise UserError(
+                f"embed_dim: expected a multiple of {even} (the local decoder's {even // 2} heads of an even width), got "
+                f"{self.embed_dim}; train an autoencoder of another --embed_dim, of which any multiple of 64 will do"
+            )
 
     @property
     def has_local_decoder(self) -> bool:

@@ -229,6 +229,13 @@ def test_the_script_writes_what_it_says(world: World, capsys: pytest.CaptureFixt
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "log.txt"}
 
 
+def test_a_width_that_no_local_decoder_can_use_is_told_before_training(packed: World, tmp_path: Path) -> None:
+    flags = [*packed.train_flags(tmp_path), *SMALL_AE, "--embed_dim", 130, "--max_steps", 1]
+    assert run_script(train_ae, *flags) == 0
+    log = (tmp_path / "run/log.txt").read_text()
+    assert 0 < log.find("--embed_dim 130 is no multiple of 4: no student") < log.find("parameters")
+
+
 def lines_bf16(folder: Path) -> bool:
     """Whether that run used bfloat16 (it depends on the processor)."""
     return "bfloat16" in (folder / "run/log.txt").read_text()

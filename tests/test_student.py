@@ -256,11 +256,25 @@ def test_the_energy_head_learns_and_leaves_the_decoder_alone() -> None:
         ({"local_memory": True, "local_decoder": "restart"}, "restart has no memory; add --no-local_memory"),
         ({"local_memory": True, "head": "energy"}, "add --no-local_memory --no-latent_bypass"),
         ({"latent_bypass": True, "head": "energy"}, "add --no-local_memory --no-latent_bypass"),
+        ({"embed_dim": 15}, "embed_dim: expected a multiple of 2 "),
+        ({"embed_dim": 150}, "embed_dim: expected a multiple of 4 \\(the local decoder's 2 heads"),
+        (
+            {"embed_dim": 400, "local_decoder": "restart"},
+            "embed_dim: expected a multiple of 12 .*, got 400; train an autoencoder",
+        ),
     ],
 )
 def test_impossible_shapes(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         student_config(**change)
+
+
+@pytest.mark.parametrize("embed_dim", [2, 62, 126, 132, 192, 204, 448])
+def test_the_local_decoder_takes_every_width_that_its_heads_divide(embed_dim: int) -> None:
+    tokens = torch.randint(2, 320, (1, 8))
+    assert make_student(embed_dim=embed_dim, local_memory=True, vocab_size=320).nll(tokens).isfinite().all()
+    for change in ({"local_decoder": "none"}, {"head": "energy"}):  # no local decoder, no heads
+        student_config(embed_dim=400, **change)
 
 
 def test_a_checkpoint_from_before_memory_and_bypass_has_none() -> None:
