@@ -221,14 +221,14 @@ def race_cell(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size and prompt length."""
     prompts, k, vocabulary = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, vocabulary_for(args, batch)
-    racers: dict[str, race.Racer] = {}
-    for name in args.racers:
-        torch._dynamo.reset() if not racers else None
-        racers[name] = race.make_racer(
-            name, pair.model(name), pair.tokenizer, rows=batch, prompt=prompt, new=new, dtype=dtype, **vocabulary
-        )
+    torch._dynamo.reset()
+    shape: dict[str, Any] = {"rows": batch, "prompt": prompt, "new": new, "dtype": dtype}
+    racers = {  # all of them before one is compiled: what cannot race is refused at once
+        name: race.make_racer(name, pair.model(name), pair.tokenizer, **shape, **vocabulary) for name in args.racers
+    }
+    for name, racer in racers.items():
         start = time.perf_counter()
-        racers[name].run(prompts, new, 0)  # transformers' static cache is as long as was asked for first
+        racer.run(prompts, new, 0)  # transformers' static cache is as long as was asked for first
         race.say(f"{args.scale}, batch {batch}, {prompt} prompt tokens: {name} warm after {time.perf_counter() - start:.0f} s")
     laps: dict[str, list[Lap]] = {name: [] for name in racers}
     start = time.perf_counter()
@@ -318,8 +318,6 @@ def eager_racer(name: str, args: argparse.Namespace, device: torch.device) -> tu
     """A checkpoint's eager racer in float32, and its tokenizer."""
     if name == "student":
         sampler = load_sampler(args.student, device=device)
-        if sampler.cfg.latents == "none":
-            raise UserError(f"{args.student} was trained with --latents none: it has no backbone to race")
         return race.StudentEager(sampler), sampler.tokenizer
     model, content = load_token_model(args.baseline)
     return race.TokenEager(model.to(device)), checkpoint_tokenizer(content["tokenizer"], args.baseline)

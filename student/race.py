@@ -176,9 +176,11 @@ class TokenCompiled:
 
 
 class StudentEager:
-    """The student through the eager sampler."""
+    """The student through the eager sampler. Raises UserError for one without a backbone, whose steps could not be counted."""
 
     def __init__(self, sampler: Sampler) -> None:
+        if sampler.cfg.latents == "none":
+            raise UserError("a student trained with --latents none has no backbone to race; give another --student")
         self.sampler = sampler
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
@@ -219,7 +221,9 @@ def make_racer(
     name: str, model: Student | TokenModel, tokenizer: Any, *, rows: int, prompt: int, new: int, dtype: torch.dtype,
     **vocabulary: Any,
 ) -> Racer:  # fmt: skip
-    """A racer for `rows` rows of `prompt` tokens and `new` ones behind them. Raises UserError for an unknown name.
+    """A racer for `rows` rows of `prompt` tokens and `new` ones behind them.
+
+    Raises UserError for an unknown name, and for a student that cannot race.
 
     vocabulary: words, rank and int8 of the compiled student, and of token-compiled-screen.
     """

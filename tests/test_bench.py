@@ -84,6 +84,18 @@ def test_a_race_in_8_bits(uncompiled: None, tmp_path: Path, capsys: pytest.Captu
     assert rows["token-compiled-screen", 1]["bytes_per_token"] < rows["token-compiled", 1]["bytes_per_token"]
 
 
+@pytest.mark.parametrize("racer", ["student-eager", "student-compiled"])
+def test_a_student_without_a_backbone_is_refused_before_anything_runs(
+    racer: str, uncompiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"student": make_student(seq_len=64, latents="none"), "token": make_token_model(seq_len=64)}
+    monkeypatch.setattr(bench, "make_untrained", lambda args, kind, *_: models[kind])
+    monkeypatch.setattr(race.TokenEager, "run", lambda *_: pytest.fail("the race ran"))
+    flags = ["--race", "--scale", "tiny", "--racers", "token-eager", racer, "--device", "cpu", "--output", tmp_path / "r.json"]
+    assert run_script(bench, *flags) == 2
+    assert "latents" in capsys.readouterr().err
+
+
 def test_the_parts_of_a_chunk(
     uncompiled: None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
