@@ -33,7 +33,7 @@ from student import local_decoder
 from student.compiled import CompiledStep, Replayed
 from student.drawing import Vocabulary, draw, make_vocabulary
 from student.local_decoder import LocalDecoder, Memory, MemoryCache
-from student.sampler import Chunk, Row, Sampler, SamplingParams
+from student.sampler import SMALLEST, Chunk, Row, Sampler, SamplingParams
 from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, rotate
 from student.student_model import Student
 
@@ -52,7 +52,8 @@ class Draws:
         return cls(ones, ones.clone(), torch.zeros(rows, dtype=torch.long, device=device))
 
     def set(self, row: int | slice, params: SamplingParams) -> None:
-        self.temperature[row], self.top_p[row], self.top_k[row] = params.temperature, params.top_p, params.top_k
+        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.top_p[row] = max(SMALLEST, params.top_p)
 
 
 def filters_of(params: Sequence[SamplingParams]) -> tuple[bool, bool]:

@@ -26,6 +26,8 @@ from student.energy import CANDIDATES, NOISE_DIM, EnergyHead, copies_for, sharpe
 from student.local_decoder import LocalCache
 from student.student_model import Student, load_student
 
+SMALLEST = 1e-30  # temperature and top_p count as at least that (0, greedy, apart): less may become 0 in float32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -85,12 +87,14 @@ def pick(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
     """
     if params.temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / params.temperature).softmax(-1)
+    logits = logits.float()
+    scores = (logits - logits.amax(-1, keepdim=True)) / max(SMALLEST, params.temperature)  # at most 0: no overflow
+    probs = scores.softmax(-1)
     if params.top_k or params.top_p < 1:
         ordered, ids = probs.sort(-1, descending=True)
         if params.top_k:
             ordered[:, params.top_k :] = 0
-        ordered[ordered.cumsum(-1) - ordered >= params.top_p * ordered.sum(-1, keepdim=True)] = 0
+        ordered[ordered.cumsum(-1) - ordered >= max(SMALLEST, params.top_p) * ordered.sum(-1, keepdim=True)] = 0
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_student, make_token_model
-from test_sampler import GREEDY, PROMPTS, Letters
+from test_sampler import GREEDY, PROMPTS, TINY, Letters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from configs.errors import UserError
@@ -85,6 +85,13 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     for params in MIXED:
         expected, got = eager(model).generate(PROMPTS, params), fast(model).generate(PROMPTS, params)
         assert sum(a == b for a, b in zip(expected, got, strict=True)) >= 3
+
+
+@pytest.mark.parametrize("params", TINY)
+def test_what_is_nearly_0_is_greedy(params: dict[str, Any]) -> None:
+    model = make_student(seq_len=48)
+    tiny = SamplingParams(**{**vars(GREEDY), "temperature": 1.0, **params})
+    assert fast(model).generate(PROMPTS, tiny) == eager(model).generate(PROMPTS, GREEDY)
 
 
 def test_company_does_not_matter() -> None:

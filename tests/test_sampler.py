@@ -129,6 +129,20 @@ def test_pick_draws_from_the_filtered_distribution(params: dict[str, Any]) -> No
     assert torch.allclose(drawn, expected, atol=2 / n)
 
 
+TINY: list[dict[str, float]] = [
+    *({"temperature": t, "top_p": 1.0} for t in (5e-324, 1e-46, 1e-40, 1e-38, 1e-30)),
+    *({"top_p": p} for p in (5e-324, 1e-46, 1e-40, 1e-30)),
+]
+
+
+@pytest.mark.parametrize("params", TINY)
+def test_what_is_nearly_0_leaves_the_likeliest_token(params: dict[str, float]) -> None:
+    """Also where float32 has no such number, or a quotient by it is beyond its range."""
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        for logits in (LOGITS, LOGITS.flip(0), LOGITS * 1e4):
+            assert pick(logits[None], SamplingParams(**params), torch.tensor([uniform])).item() == logits.argmax()
+
+
 def test_greedy_and_masked_tokens() -> None:
     assert pick(LOGITS[None], SamplingParams(temperature=0), torch.zeros(1)).tolist() == [0]
     masked = LOGITS.clone()
