@@ -68,12 +68,24 @@ class PackedData(Packed):
         """How many non-overlapping windows of `window` tokens the split holds."""
         return self.n_tokens // window
 
+    def require_window(self, window: int) -> None:
+        """Raise UserError unless the split holds at least one window of `window` tokens."""
+        if not self.windows(window):
+            raise UserError(
+                f"{self.folder} holds {self.n_tokens} tokens, less than one window of {window}; "
+                "pack the data with a higher --val_split, or lower --seq_len"
+            )
+
     def rows(self, starts: Sequence[int], window: int) -> torch.Tensor:
         """The windows that begin at these tokens, (len(starts), window) int64."""
         return torch.from_numpy(self._known(np.stack([self.tokens[s : s + window] for s in starts])).astype(np.int64))
 
     def batches(self, window: int, batch_size: int, limit: int | None = None) -> Iterator[torch.Tensor]:
-        """Non-overlapping windows in order, (<= batch_size, window) int64; the tail that fills no window is left out."""
+        """Non-overlapping windows in order, (<= batch_size, window) int64; the tail that fills no window is left out.
+
+        Raises UserError where there is none.
+        """
+        self.require_window(window)
         n = self.windows(window) if limit is None else min(limit, self.windows(window))
         for i in range(0, n, batch_size):
             rows = self._known(self.tokens[i * window : min(i + batch_size, n) * window])

@@ -33,7 +33,8 @@ def reconstruction(
 ) -> dict[str, Any]:
     """Reconstruction of a split's chunks (all, or the first `limit`): shares of exact chunks and tokens, clean and noisy.
 
-    posterior_std: mean scale of the posterior; kl: nats a chunk; dead_dims: dimensions whose mean hardly varies.
+    posterior_std: mean scale of the posterior; kl: nats a chunk; dead_dims: dimensions whose mean hardly varies. Raises
+    UserError for a split without a chunk.
     """
     model.eval()
     torch.manual_seed(0)
@@ -73,6 +74,7 @@ def main() -> None:
     train, val = PackedData.pair(cfg.data)
     shape = AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
+    val.require_window(cfg.k)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("ae", cfg)
     with plan.unreal(cfg):

@@ -122,18 +122,16 @@ def load_token_model(path: str | Path) -> tuple[TokenModel, dict[str, Any]]:
 
 @torch.no_grad()
 def mean_nll(model: Any, data: PackedData, setup: loop.Setup, limit: int, batch_size: int = 8) -> dict[str, float]:
-    """Validation NLL in nats a token over windows of the model's context, first chunk left out (it has no context)."""
+    """Validation NLL in nats a token over windows of the model's context, first chunk left out (it has no context).
+
+    Raises UserError for data of less than one window.
+    """
     model.eval()
     nlls = []
     for tokens in data.batches(model.cfg.context, batch_size, limit):
         with setup.autocast():
             nlls.append(model.nll(tokens.to(setup.device), model.cfg.k).float().mean(1).cpu())
     model.train()
-    if not nlls:
-        raise UserError(
-            f"{data.folder} holds {data.n_tokens} tokens, less than one window of {model.cfg.context}; "
-            "raise --val_split or lower --seq_len"
-        )
     return {"nats_per_token": torch.cat(nlls).mean().item()}
 
 
@@ -145,6 +143,7 @@ def main() -> None:
     train, val = PackedData.pair(teacher.folder if teacher else cfg.data)
     shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
+    val.require_window(shape.context)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("token_model", cfg)
     with plan.unreal(cfg):

@@ -78,6 +78,7 @@ def main() -> None:
         local_ffn_dim=cfg.local_ffn_dim,
     )  # fmt: skip
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
+    val.require_window(shape.context)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
     setup = loop.start("student", cfg)
     with plan.unreal(cfg):
@@ -117,12 +118,13 @@ def main() -> None:
             return mean_nll(model, val, setup, cfg.eval_windows) | kl
         model.eval()
         torch.manual_seed(0)
-        energies = []
+        total, n = 0.0, 0
         for tokens in val.batches(model.cfg.context, 8, cfg.eval_windows):
             tokens = tokens.to(setup.device)
-            energies.append(student_energy_loss(model, frozen, tokens, tokens.new_zeros(len(tokens)))[0].item())
+            energy = student_energy_loss(model, frozen, tokens, tokens.new_zeros(len(tokens)))[0].item()
+            total, n = total + energy * len(tokens), n + len(tokens)
         model.train()
-        return {"energy": float(np.mean(energies))}
+        return {"energy": total / n}
 
     tokens_per_step = cfg.batch_size * model.cfg.context
     if cfg.dry_run:

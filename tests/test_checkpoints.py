@@ -6,18 +6,21 @@ import errno
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_AE, World, run_script
+from conftest import ROOT, SMALL_AE, SMALL_LM, World, run_script
 
 import infer
 from ae import train_ae
 from ae.ae_model import load_ae
+from ae.chunks import PackedData, PackedWriter
 from configs import loop
 from configs.errors import UserError
 from configs.run import (
@@ -31,7 +34,7 @@ from configs.run import (
     saved_states,
     state_before,
 )
-from student import train_student
+from student import baseline, train_student
 from student.baseline import load_token_model
 from student.student_model import load_student
 from tools import evaluate
@@ -291,6 +294,24 @@ def test_shapes_that_disagree_with_the_ae(
 ) -> None:
     assert run_script(train_student, *world.train_flags(tmp_path), "--ae_ckpt", world.ae, flag, value) == 2
     assert f"{flag} {value} disagrees with {world.ae}" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [train_ae, baseline, train_student], ids=["ae", "token model", "student"])
+def test_no_validation_text_is_told_before_training(
+    script: ModuleType, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world.data, tmp_path / "packed")
+    val = PackedData(world.data / "val")
+    ids = {"eot_id": val.eot_id, "pad_id": val.pad_id}
+    empty = PackedWriter(tmp_path / "packed" / "val", val.vocab_size)
+    empty.close(tokenizer_fingerprint=val.fingerprint, tokenizer=val.tokenizer_path, **ids)
+    flags = [*world.train_flags(tmp_path), "--data", tmp_path / "packed", "--max_steps", 1]
+    shape = (
+        SMALL_AE if script is train_ae else [*SMALL_LM, *(["--ae_ckpt", world.ae] if script is train_student else ["--k", 4])]
+    )
+    assert run_script(script, *flags, *shape) == 2
+    assert f"val holds 0 tokens, less than one window of {4 if script is train_ae else 32}" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "run").exists()
 
 

@@ -122,6 +122,13 @@ def test_too_few_tokens(data: PackedData) -> None:
         TrainWindows(data, 64, 1, 0)
 
 
+def test_a_split_of_less_than_one_window(data: PackedData) -> None:
+    data.require_window(91)
+    for read in (lambda: data.require_window(92), lambda: list(data.batches(92, 4))):
+        with pytest.raises(UserError, match="91 tokens, less than one window of 92; pack the data with a higher --val_split"):
+            read()
+
+
 def test_a_token_outside_the_vocabulary_is_told_when_it_is_read(data: PackedData) -> None:
     raw = bytearray((data.folder / "tokens.bin").read_bytes())
     raw[2 * 40 + 1] = 1  # token 40 is 296 now

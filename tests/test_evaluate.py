@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import World, make_student, make_token_model, run_script
+from conftest import SMALL_LM, World, make_student, make_token_model, run_script
 
+from ae.ae_model import load_ae
 from ae.chunks import PackedData, PackedWriter
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.kd_batcher import KDWriter
+from student import train_student
+from student.losses import student_energy_loss
+from student.student_model import load_student
 from tools import evaluate
 from tools.metrics import BUCKETS, MeanBy, bucket, gaps, places, word_of
 
@@ -132,6 +136,40 @@ def test_one_first_for_models_of_different_k(tmp_path: Path, tokenizer: Tokenize
     for first in (6, 0, 64):
         with pytest.raises(UserError, match="multiple of k = 4"):
             evaluate.evaluate({"m": model}, data, tokenizer, None, torch.device("cpu"), first)
+
+
+def test_the_energy_head_is_held_to_the_same(tmp_path: Path) -> None:
+    data, model, cpu = split(tmp_path / "s", list(range(2, 202))), make_student(head="energy"), torch.device("cpu")
+    assert evaluate.evaluate_energy(model, data, None, cpu) == evaluate.evaluate_energy(model, data, None, cpu, 4)
+    for first in (6, 0, 64):
+        with pytest.raises(UserError, match="multiple of k = 4"):
+            evaluate.evaluate_energy(model, data, None, cpu, first)
+    with pytest.raises(UserError, match="63 tokens, less than one window of 64"):
+        evaluate.evaluate_energy(model, split(tmp_path / "short", [5] * 63), None, cpu)
+
+
+def test_the_trainers_energy_is_a_mean_over_windows(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of 9 windows in batches of 8 and 1, each counts alike."""
+    flags = [*world.train_flags(tmp_path), *SMALL_LM, "--ae_ckpt", world.ae, "--head", "energy", "--no-local_memory"]
+    flags += ["--no-latent_bypass", "--max_steps", "1", "--eval_windows", "9", "--no-bf16", "--no-compile"]
+    assert run_script(train_student, *flags) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["energy"]
+    model, frozen = load_student(tmp_path / "checkpoints" / "student.pt")[0].eval(), load_ae(world.ae)[0]
+    torch.manual_seed(0)
+    energies = []
+    for tokens in PackedData(world.data / "val").batches(32, 8, 9):
+        energies += [student_energy_loss(model, frozen, tokens, torch.zeros(len(tokens)))[0].item()] * len(tokens)
+    assert told == pytest.approx(np.mean(energies), rel=1e-4) and len(energies) == 9
+    assert abs(energies[0] - energies[8]) > 0.01 * told  # else a mean over batches would be the same
+
+
+def test_a_token_outside_the_vocabulary(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    folder = split(tmp_path / "s", list(range(2, 202))).folder
+    raw = np.fromfile(folder / "tokens.bin", np.uint16)
+    raw[100] = 999
+    raw.tofile(folder / "tokens.bin")
+    with pytest.raises(UserError, match="token id 999, outside the vocabulary of 320"):
+        evaluate.evaluate({"m": make_token_model()}, PackedData(folder), tokenizer, None, torch.device("cpu"))
 
 
 def test_the_table_shows_them(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

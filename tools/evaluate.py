@@ -129,6 +129,16 @@ class Measure:
         return out
 
 
+def context_tokens(first: int | None, k: int, context: int) -> int:
+    """How many tokens at a window's start are context only: `first`; unset, K. Raises UserError for what is no whole chunks of
+    it, or leaves nothing to score.
+    """
+    first = k if first is None else first
+    if first % k or not 0 < first < context:
+        raise UserError(f"--first: expected a multiple of k = {k} within the context of {context} tokens, got {first}")
+    return first
+
+
 @torch.inference_mode()
 def evaluate(
     models: dict[str, TokenModel | Student],
@@ -147,16 +157,14 @@ def evaluate(
     n = min(limit or data.windows(context), data.windows(context))
     if n < 2:
         raise UserError(f"{data.folder} holds {data.windows(context)} windows of {context} tokens; at least 2 are needed")
-    first = k if first is None else first
-    if first % k or not 0 < first < context:
-        raise UserError(f"--first: expected a multiple of k = {k} within the context of {context} tokens, got {first}")
+    first = context_tokens(first, k, context)
     shard = KDShard(data.folder) if data.meta.get("kd_kind") == "logprobs" else None
     byte_lengths, words = torch.from_numpy(tokenizer.byte_lengths).to(device), word_of(tokenizer)
     half = n // 2  # the latents of window i + n/2: another document's
     measures = {name: Measure(model, byte_lengths, 64, first) for name, model in models.items()}
 
     def windows(index: np.ndarray) -> Tensor:
-        return torch.from_numpy(data.tokens[index[:, None] * context + np.arange(context)].astype(np.int64)).to(device)
+        return data.rows((index * context).tolist(), context).to(device)
 
     for measure in measures.values():
         torch.manual_seed(0)
@@ -176,12 +184,14 @@ def evaluate(
 
 
 @torch.inference_mode()
-def evaluate_energy(model: Student, data: PackedData, limit: int | None, device: torch.device, first: int) -> dict[str, Any]:
+def evaluate_energy(
+    model: Student, data: PackedData, limit: int | None, device: torch.device, first: int | None = None
+) -> dict[str, Any]:
     """What can be measured of a head without likelihood: BrierLM from the chunk start, by two samples a chunk.
 
-    first: tokens at a window's start that are not scored, a multiple of K.
+    first: as in `evaluate`.
     """
-    skipped = first // model.cfg.k
+    skipped = context_tokens(first, model.cfg.k, model.cfg.context) // model.cfg.k
     torch.manual_seed(0)
     samples: list[Tensor] = []
     for tokens in data.batches(model.cfg.context, BATCH, limit):
@@ -277,9 +287,7 @@ def main() -> None:
         result["ae"] = reconstruction(loaded["ae"], data, device, has_fast_bf16(device), chunks)
     if "student" in models and loaded["student"].cfg.head == "energy":
         del models["student"]
-        result["student"] = evaluate_energy(
-            loaded["student"], data, args.max_windows, device, args.first or loaded["student"].cfg.k
-        )
+        result["student"] = evaluate_energy(loaded["student"], data, args.max_windows, device, args.first)
     if models:
         result |= evaluate(models, data, TokenizerAdapter.load(data.tokenizer), args.max_windows, device, args.first)
     print(table(result))
