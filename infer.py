@@ -6,6 +6,7 @@ python infer.py --ae checkpoints/ae.pt --student checkpoints/student.pt --prompt
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 
@@ -13,6 +14,17 @@ from configs.errors import UserError, run_cli
 from configs.run import pick_device, tune_process, wants_compile
 from student.fast import FastSampler
 from student.sampler import SamplingParams, load_sampler
+
+
+def standard_input() -> str:
+    """All of it, as UTF-8 whatever the locale. Raises UserError for what is not."""
+    try:
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt -: expected UTF-8 on standard input, got byte {error.object[error.start]:#04x}; convert it, for example "
+            "with iconv -t UTF-8"
+        ) from None
 
 
 def main() -> None:
@@ -46,6 +58,7 @@ def main() -> None:
     if not args.compile and (args.int8 or args.words):
         raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the fast path; add --compile")
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
+    text = standard_input() if args.prompt == "-" else args.prompt
     threads = tune_process()
     device = pick_device(args.device)
     sampler = load_sampler(args.student, args.ae, device)
@@ -53,7 +66,7 @@ def main() -> None:
         wants_compile(True, device)
         sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank, int8=args.int8)
         sampler.warm_up([params])
-    prompt = sampler.tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    prompt = sampler.tokenizer.encode(text)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:
         print(f"the prompt's last {room} of {len(prompt)} tokens are used", file=sys.stderr)
         prompt = prompt[-room:]

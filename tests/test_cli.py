@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -56,6 +57,18 @@ def test_infer_with_bad_input(world: World, capsys: pytest.CaptureFixture[str], 
     assert run_script(infer, "--student", world.student, "--max_new_tokens", 8, *flags) == 2
     out, error = capsys.readouterr()
     assert out == "" and message in error and error.count("\n") == 1
+
+
+def test_a_prompt_from_standard_input(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is UTF-8 whatever the locale says, and what is not is told before the model is loaded."""
+    for raw, locale, code in (("é\n".encode(), "ascii", 0), (b"caf\xe9\n", "utf-8", 2)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding=locale))
+        student = "/nowhere.pt" if code else world.student
+        assert run_script(infer, "--student", student, "--prompt", "-", "--max_new_tokens", 4, "--echo") == code
+        out, error = capsys.readouterr()
+        assert out.startswith("é\n") if not code else "expected UTF-8 on standard input, got byte 0xe9" in error
 
 
 def test_a_long_prompt_is_cut_when_asked(world: World, capsys: pytest.CaptureFixture[str]) -> None:
