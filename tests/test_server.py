@@ -117,6 +117,20 @@ def test_stop_and_seeds(client: TestClient, seed: int) -> None:
     assert len({ask(client, "/generate", **body)["text"] for _ in range(4)}) > 1  # no seed: another one every time
 
 
+@pytest.mark.parametrize(("path", "defaults"), [("/generate", (0.8, 0.95)), ("/v1/completions", (1.0, 1.0))])
+def test_null_is_the_endpoints_default(client: TestClient, seed: int, path: str, defaults: tuple[float, float]) -> None:
+    body = {"prompt": PROMPT, "seed": seed, "max_new_tokens" if path == "/generate" else "max_tokens": 40}
+
+    def text(**sampling: float | None) -> str:
+        answer = ask(client, path, **body, **sampling)
+        return answer["text"] if path == "/generate" else answer["choices"][0]["text"]
+
+    names = ("temperature", "top_p")
+    told = text(**dict(zip(names, defaults, strict=True)))
+    assert text() == told == text(temperature=None, top_p=None)
+    assert text(temperature=1.8, top_p=None) != told != text(temperature=None, top_p=0.3)
+
+
 # ------------------------------------------------------------------------------------------------- OpenAI's dialect
 def test_prompts_in_every_form(client: TestClient, tokenizer: TokenizerAdapter) -> None:
     ids = tokenizer.encode(PROMPT)

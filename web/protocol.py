@@ -6,7 +6,7 @@ are refused unless they ask for nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -41,8 +41,10 @@ class Body(BaseModel):
 
 
 class Sampling(Body):
-    """What all requests share."""
+    """What all requests share. A field that is left out, or null, takes the endpoint's default."""
 
+    default_temperature: ClassVar[float] = 1.0
+    default_top_p: ClassVar[float] = 1.0
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     top_k: Annotated[int, Field(ge=-1, le=LARGEST_ID), WHOLE] | None = Field(None, description="0 and -1 are off")
@@ -50,13 +52,13 @@ class Sampling(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = False
 
-    def params(self, max_new_tokens: int, seed: int, temperature: float = 1.0, top_p: float = 1.0) -> SamplingParams:
-        """For the sampler; the last two are the defaults."""
+    def params(self, max_new_tokens: int, seed: int) -> SamplingParams:
+        """For the sampler."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_new_tokens=max_new_tokens,
-            temperature=temperature if self.temperature is None else self.temperature,
-            top_p=max(SMALLEST_TOP_P, top_p if self.top_p is None else self.top_p),
+            temperature=self.default_temperature if self.temperature is None else self.temperature,
+            top_p=max(SMALLEST_TOP_P, self.default_top_p if self.top_p is None else self.top_p),
             top_k=max(0, self.top_k or 0),
             seed=seed,
             stop=tuple(stop),
@@ -64,10 +66,12 @@ class Sampling(Body):
 
 
 class GenerateRequest(Sampling):
+    default_temperature: ClassVar[float] = 0.8
+    default_top_p: ClassVar[float] = 0.95
     prompt: str
     max_new_tokens: Positive = 128
-    temperature: float | None = Field(0.8, ge=0, le=100, allow_inf_nan=False, description="0 is greedy")
-    top_p: float | None = Field(0.95, ge=0, le=1, allow_inf_nan=False)
+    temperature: float | None = Field(default_temperature, ge=0, le=100, allow_inf_nan=False, description="0 is greedy")
+    top_p: float | None = Field(default_top_p, ge=0, le=1, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
