@@ -140,6 +140,7 @@ def test_prompts_in_every_form(client: TestClient, tokenizer: TokenizerAdapter) 
         assert choices[0]["text"] == ask(client, prompt=PROMPT, seed=1, max_tokens=9)["choices"][0]["text"]
         assert choices[1]["text"] == ask(client, prompt=PROMPT, seed=2, max_tokens=9)["choices"][0]["text"]
     assert ask(client, prompt="", seed=1)["usage"]["prompt_tokens"] == 1  # the end of the text before
+    assert ask(client, prompt=["", "", "x"], seed=1, n=2)["usage"]["prompt_tokens"] == 2 + len(tokenizer.encode("x"))
 
 
 def test_logprobs_are_the_exact_likelihood(served: Served, client: TestClient, tokenizer: TokenizerAdapter) -> None:

@@ -101,8 +101,8 @@ class Service:
             )  # fmt: skip
 
         def encoded() -> list[list[int]]:
-            encode, empty = self.tokenizer.encode, [self.tokenizer.eot_id]
-            return [(encode(one) or empty) if isinstance(one, str) else list(one) for one in prompt]
+            encode, end = self.tokenizer.encode, self.tokenizer.eot_id  # a list for each: `Ask.usage` tells prompts apart by it
+            return [(encode(one) or [end]) if isinstance(one, str) else list(one) for one in prompt]
 
         try:
             return await asyncio.to_thread(encoded) if sum(lengths) > LONG_TEXT else encoded()
