@@ -37,6 +37,8 @@ from student.sampler import SMALLEST, Chunk, Row, Sampler, SamplingParams
 from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, rotate
 from student.student_model import Student
 
+UNCOVERED = {"latents": "none", "head": "energy", "local_decoder": "restart"}  # by the fast path
+
 
 @dataclass
 class Draws:
@@ -247,8 +249,11 @@ class FastSampler(Sampler):
         dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, int8: bool = False, compile: bool = True,
     ) -> None:  # fmt: skip
         cfg, device = model.cfg, model.table.device
-        if cfg.latents == "none" or cfg.head != "direct" or cfg.local_decoder == "restart":
-            raise UserError("the fast path covers students with latents, direct head and window; run without --compile")
+        if odd := [f"--{name} {value}" for name, value in UNCOVERED.items() if getattr(cfg, name) == value]:
+            raise UserError(
+                f"the fast path, which the server takes with and without --compile, has no student of {' '.join(odd)}; "
+                "use infer.py without --compile"
+            )
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
         model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         super().__init__(model, tokenizer)

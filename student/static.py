@@ -104,7 +104,7 @@ class StaticBackbone(nn.Module):
         if type(model) is not Qwen3Model or odd or config.attention_bias or config.hidden_act != "silu":
             raise UserError(
                 f"the fast path covers stock Qwen3 layers with full attention, got {type(model).__name__} with "
-                f"{', '.join(sorted(odd)) or 'other projections'}; run without --compile"
+                f"{', '.join(sorted(odd)) or 'other projections'}; use infer.py without --compile"
             )
         self.layers: Sequence[StaticLayer] = nn.ModuleList(StaticLayer(layer, config) for layer in model.layers)  # type: ignore[assignment]
         self.norm, self.eps = nn.Parameter(model.norm.weight.detach().clone(), requires_grad=False), config.rms_norm_eps

@@ -93,7 +93,7 @@ def test_a_student_without_a_backbone_is_refused_before_anything_runs(
     monkeypatch.setattr(race.TokenEager, "run", lambda *_: pytest.fail("the race ran"))
     flags = ["--race", "--scale", "tiny", "--racers", "token-eager", racer, "--device", "cpu", "--output", tmp_path / "r.json"]
     assert run_script(bench, *flags) == 2
-    assert "latents" in capsys.readouterr().err
+    assert "--latents none" in capsys.readouterr().err
 
 
 def test_the_parts_of_a_chunk(

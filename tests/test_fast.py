@@ -135,10 +135,12 @@ def test_slots_are_given_back() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(UserError, match="run without --compile"):
-        fast(make_student(latents="none"))
-    with pytest.raises(UserError, match="run without --compile"):
-        fast(make_student(head="energy"))
+    for change in ({"latents": "none"}, {"head": "energy"}, {"local_decoder": "restart"}):
+        ((name, value),) = change.items()
+        with pytest.raises(
+            UserError, match=f"the server takes .* no student of --{name} {value}; use infer.py without --compile"
+        ):
+            fast(make_student(**change))
     model = make_student()
     model.backbone.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(UserError, match="sliding_attention"):
