@@ -9,9 +9,10 @@
 The first compares both eager, at batch 1, in float32. `--race` runs both eager and compiled, in the machine's best dtype,
 at every batch and prompt length asked for, and writes runs/race/race.json and a plot; `--parts` times the parts of the
 compiled student's chunk; `--screen` measures what the vocabulary screen costs in quality; `--train` times training steps.
-Same prompts, new tokens, threads and dtype for all; warmed up, alternating, medians with their range. Backbone steps are
-counted by hooks and counters, not derived. Peak memory is that of a process of its own for each model. Prints a table and,
-last, one JSON line.
+Same prompts, new tokens, threads and dtype for all; warmed up, alternating, medians with their range. Backbone steps, the
+pass over the prompt among them, are counted by hooks and counters, not derived (but for transformers' compiled `generate`,
+where a hook would be compiled away: one for each new token). Peak memory is that of a process of its own for each model.
+Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -54,11 +55,6 @@ def finish(result: dict[str, Any], output: str | None) -> None:
     if output:
         Path(output).write_text(line + "\n", encoding="utf-8")
     print(line)
-
-
-def count_calls(module: nn.Module, run: Any) -> int:
-    """How often `module` is called while `run` runs."""
-    return race.count_calls(module, run)
 
 
 @dataclass(frozen=True)

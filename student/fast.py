@@ -257,7 +257,7 @@ class FastSampler(Sampler):
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
         model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         super().__init__(model, tokenizer)
-        self.slots, self.positions, self.latent_steps = slots, positions or cfg.seq_len, 0
+        self.slots, self.positions, self.backbone_steps = slots, positions or cfg.seq_len, 0
         table = model.table
         vocabulary = make_vocabulary(table, self.never, words, rank, int8)
         self.latent_step, self.token_step = LatentStep(model, self.positions).eval(), TokenStep(model, vocabulary).eval()
@@ -346,7 +346,7 @@ class FastSampler(Sampler):
     @torch.no_grad()
     def advance(self, filters: tuple[bool, bool] = (True, False)) -> Tensor:
         """The step itself: every slot's next K tokens, (slots, K), still on the device; empty slots give noise."""
-        self.latent_steps += 1
+        self.backbone_steps += 1
         return self._write(filters)
 
     def write_latent(self) -> tuple[Tensor, Tensor]:
@@ -412,6 +412,7 @@ class FastSampler(Sampler):
         if longest > 1:
             x = torch.cat([x, model.backbone_input(tokens[:, :-1])], dim=1)  # (n, L, H): [start, z0, z1, ...]
         h = self.latent_step.backbone.prefill(x, self.cache, slots)  # (n, L, H)
+        self.backbone_steps += 1
         self.length[slots] = chunks
         each = torch.arange(len(prompts), device=device)
         self.chunk[slots] = tokens[each, chunks - 1]

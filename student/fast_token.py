@@ -47,7 +47,7 @@ class FastTokenModel:
         device = model.table.device
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
         model = copy.deepcopy(model).to(dtype).requires_grad_(False)
-        self.slots, self.positions = slots, positions
+        self.slots, self.positions, self.backbone_steps = slots, positions, 0
         never = torch.zeros(len(model.table), dtype=torch.bool)
         vocabulary = make_vocabulary(model.table, never, words, rank, int8)
         self.program = NextToken(model, vocabulary, positions).eval()
@@ -71,6 +71,7 @@ class FastTokenModel:
         if longest > 1:
             x = self.program.vocabulary.table[tokens[:, :-1]]
             self.program.backbone.prefill(x, self.cache, torch.arange(self.slots, device=device))
+            self.backbone_steps += 1
         self.token.copy_(tokens[torch.arange(self.slots, device=device), self.length])
         self.draws.set(slice(None), params)
         self.generator.manual_seed(params.seed)
@@ -78,6 +79,7 @@ class FastTokenModel:
     @torch.no_grad()
     def advance(self, filters: tuple[bool, bool] = (True, False)) -> Tensor:
         """Every slot's next token, (slots,), still on the device; overwritten by the next call."""
+        self.backbone_steps += 1
         self.uniform.copy_(torch.rand(self.slots, generator=self.generator), non_blocking=True)
         return self._write(filters)
 

@@ -166,13 +166,13 @@ class TokenCompiled:
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
         params, model = settings(new, seed), self.model
-        start = time.perf_counter()
+        before, start = model.backbone_steps, time.perf_counter()
         model.start(prompts, params)
         first = model.advance(filters_of([params])).tolist()
         first_s, out = time.perf_counter() - start, [first]
         for _ in range(new - 1):
             out.append(model.advance(filters_of([params])).tolist())  # delivered as they come, as the others do
-        return Lap(first_s, time.perf_counter() - start, 1, len(out), 1 + new)
+        return Lap(first_s, time.perf_counter() - start, 1, len(out), model.backbone_steps - before)
 
 
 class StudentEager:
@@ -202,9 +202,9 @@ class StudentCompiled:
         self.sampler = sampler
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
-        before = self.sampler.latent_steps
+        before = self.sampler.backbone_steps
         lap = _student_lap(self.sampler, prompts, new, seed)
-        return Lap(*lap, 1 + self.sampler.latent_steps - before)
+        return Lap(*lap, self.sampler.backbone_steps - before)
 
 
 def _student_lap(sampler: Sampler, prompts: Prompts, new: int, seed: int) -> tuple[float, float, int, int]:

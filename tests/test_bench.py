@@ -18,6 +18,7 @@ from student import race, speed
 from student.drawing import Int8, Screen, Vocabulary
 from student.fast import FastSampler
 from student.flops import generation_bytes
+from student.static import StaticBackbone
 
 COLUMNS = {
     "scale", "racer", "batch", "prompt_tokens", "tokens_per_s", "ms_per_step", "ttft_s", "peak_mb", "backbone_steps",
@@ -53,6 +54,30 @@ def test_the_race(uncompiled: None, tmp_path: Path, capsys: pytest.CaptureFixtur
     steps = {row["racer"]: row["backbone_steps"] for row in rows if row["batch"] == 1}
     assert steps == {"token-eager": 32, "token-compiled": 33, "student-eager": 4, "student-compiled": 5}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_are_counted_by_a_hook() -> None:
+    """A module called three times counts three, whatever its caller says."""
+    module = torch.nn.Identity()
+    assert race.count_calls(module, lambda: [module(torch.zeros(1)) for _ in range(3)]) == 3
+    module(torch.zeros(1))
+    assert race.count_calls(module, lambda: None) == 0
+
+
+@pytest.mark.parametrize("prompt", [1, 9])
+@pytest.mark.parametrize("name", ["token-compiled", "student-compiled"])
+def test_backbone_steps_are_those_that_ran(name: str, prompt: int, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt of one token the token-level model has no pass; the student's has one over its start vector."""
+    calls: list[str] = []
+    for part in ("step", "prefill"):
+        run = getattr(StaticBackbone, part)
+        monkeypatch.setattr(StaticBackbone, part, lambda *args, run=run, part=part: calls.append(part) or run(*args))
+    model = make_token_model() if name == "token-compiled" else make_student()
+    racer = race.make_racer(name, model, race.Ids(320), rows=2, prompt=prompt, new=8, dtype=torch.float32)
+    for seed in range(2):
+        calls.clear()
+        assert racer.run([[5] * prompt] * 2, 8, seed).backbone_steps == len(calls)
+        assert calls.count("prefill") == (name == "student-compiled" or prompt > 1)
 
 
 def test_a_race_of_odd_lengths_and_of_the_same_screen(

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, World, run_script
 
-import bench
 import infer
 from tools import evaluate, plot
 
@@ -125,16 +124,6 @@ def test_bench(world: World, tmp_path: Path) -> None:
         assert {"backbone_steps", "tokens", "tokens_per_s", "ttft_s", "peak_mb"} <= set(result[name])
         assert result[name]["peak_mb"] > 50 and 0 < result[name]["ttft_s"] < 10 / result[name]["tokens_per_s"] * 2
     assert "backbone steps" in done.stdout
-
-
-def test_bench_counts_calls_itself() -> None:
-    """The count comes from the hook: a module called three times counts three, whatever its caller says."""
-    import torch
-
-    module = torch.nn.Identity()
-    assert bench.count_calls(module, lambda: [module(torch.zeros(1)) for _ in range(3)]) == 3
-    module(torch.zeros(1))
-    assert bench.count_calls(module, lambda: None) == 0
 
 
 def test_plot(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
