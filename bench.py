@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ def race_cell(
             "int8": isinstance(fast, Int8), "batch": batch, "prompt_tokens": prompt, "new_tokens": new,
             "tokens_per_s": rate, "tokens_per_s_range": [min(written), max(written)], "repeats": len(runs),
             "ms_per_step": 1000 * batch * (k if student else 1) / rate,
-            "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch),
+            "ttft_s": statistics.median(lap.first_s for lap in runs), "peak_mb": peak_of(args, name, prompt, batch, new),
             "backbone_steps": steps, "flops_per_token": flops, "bytes_per_token": read,
             "bandwidth_share": read * rate / speeds["copy"] if batch == 1 else None,
             "bits_per_byte": pair.bits_per_byte.get(name.split("-")[0]),
@@ -264,36 +265,42 @@ def vocabulary_of(racer: Any) -> Vocabulary | None:
     return getattr(step, "vocabulary", None)
 
 
-def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int) -> float | None:
+def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, new: int) -> float | None:
     """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out."""
     first = (prompt, batch) == (args.prompt_tokens[0], args.batch[0])
     if args.memory == "none" or (args.memory == "first" and not first):
         return None
     flags = {"scale": args.scale, "student": args.student, "baseline": args.baseline, "device": args.device}
-    flags |= {"batch": batch, "prompt_tokens": prompt, "peak_of": name, "rank": args.rank}
+    flags |= {"batch": batch, "prompt_tokens": prompt, "max_new_tokens": new, "rank": args.rank}
     flags |= {"words": args.words} if args.words is not None else {}
-    flags |= {"evaluate": args.evaluate} if args.evaluate else {}
-    command = [sys.executable, __file__, "--race", *(["--int8"] if args.int8 else [])]
+    return peak_in_child(name, ["--race", *(["--int8"] if args.int8 else [])], flags)
+
+
+def peak_in_child(name: str, mode: Sequence[str], flags: dict[str, Any]) -> float:
+    """Peak memory, MiB, of a fresh process that runs one racer. Raises UserError where that fails, for want of memory say."""
+    command = [sys.executable, __file__, *mode, "--peak_of", name]
     command += [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}; try --memory none")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # one that the system ends says nothing
+        raise UserError(f"measuring the memory of {name} failed: {said[-1]}; free some, or --race with --memory none")
     return float(done.stdout.splitlines()[-1])
 
 
 def print_peak(args: argparse.Namespace, device: torch.device) -> None:
-    """What `peak_of` starts: load one model, continue once, print the peak."""
+    """What `peak_in_child` starts: load one model, continue once, print the peak."""
     if args.race:
         dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-        batch, prompt = args.batch[0], args.prompt_tokens[0]
+        batch, prompt, new = args.batch[0], args.prompt_tokens[0], args.max_new_tokens
         kind = args.peak_of.split("-")[0]
         if args.scale == "demo":
             model, words_of = load_trained(args, kind, device)
         else:
-            model, words_of = make_untrained(args, kind, device, prompt + 40), Ids(SHAPES[args.scale].vocab_size)
+            positions = race.positions_for(prompt, new, 8) + 1
+            model, words_of = make_untrained(args, kind, device, positions), Ids(SHAPES[args.scale].vocab_size)
         vocabulary = vocabulary_for(args, batch)
-        racer = race.make_racer(args.peak_of, model, words_of, rows=batch, prompt=prompt, new=32, dtype=dtype, **vocabulary)
-        racer.run(prompts_of(words_of, batch, prompt, 0), 32, 0)
+        racer = race.make_racer(args.peak_of, model, words_of, rows=batch, prompt=prompt, new=new, dtype=dtype, **vocabulary)
+        racer.run(prompts_of(words_of, batch, prompt, 0), new, 0)
     else:
         racer, tokenizer = eager_racer(args.peak_of, args, device)
         racer.run([tokenizer.encode(args.prompts[0])], args.max_new_tokens, 0)
@@ -341,13 +348,12 @@ def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> N
     for name, runs in laps.items():
         rates = [lap.tokens / lap.seconds for lap in runs]
         assert {lap.tokens for lap in runs} == {args.max_new_tokens}
-        flags = ["--student", args.student, "--baseline", args.baseline, "--prompts", args.prompts[0], "--device", args.device]
-        command = [sys.executable, __file__, "--peak_of", name, *flags, "--max_new_tokens", str(args.max_new_tokens)]
-        peak = subprocess.run(command, capture_output=True, text=True, check=True)
+        flags = {"student": args.student, "baseline": args.baseline, "prompts": args.prompts[0], "device": args.device}
+        peak = peak_in_child(name, [], {**flags, "max_new_tokens": args.max_new_tokens})
         result[name] = {
             "backbone_steps": runs[0].backbone_steps, "tokens": args.max_new_tokens, "tokens_per_s": statistics.median(rates),
             "tokens_per_s_range": [min(rates), max(rates)], "ttft_s": statistics.median(lap.first_s for lap in runs),
-            "peak_mb": float(peak.stdout.splitlines()[-1]),
+            "peak_mb": peak,
         }  # fmt: skip
     where = environment()
     print(
@@ -417,7 +423,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128, 256], help="--screen")
     parser.add_argument("--word_counts", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="--screen")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # what --train starts
-    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # what peak_of starts
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # what peak_in_child starts
     args = parser.parse_args()
     if min(args.max_new_tokens, args.repeats, *args.batch, *args.prompt_tokens) < 1:
         raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")

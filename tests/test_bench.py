@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,57 @@ def test_the_peak_is_the_childs_own() -> None:
     command = [sys.executable, "-c", "import bench; print(bench.own_peak())"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert 50 < float(done.stdout) < 900 < bench.own_peak(), (done.stderr, touched.numel())
+
+
+def test_the_peak_is_of_the_cell_itself(uncompiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that measures it reads as many prompts, as long ones, and writes as many tokens as the race does."""
+    ran: list[tuple[str, int, int, int]] = []
+    for kind in (race.TokenCompiled, race.StudentCompiled):
+        run = kind.run
+
+        def recorded(self: Any, prompts: race.Prompts, new: int, seed: int, run: Any = run) -> race.Lap:
+            ran.append((type(self).__name__, len(prompts), len(prompts[0]), new))
+            return run(self, prompts, new, seed)
+
+        monkeypatch.setattr(kind, "run", recorded)
+
+    def in_this_process(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(("child", 0, 0, 0))
+        assert run_script(bench, *command[2:]) == 0
+        return subprocess.CompletedProcess(command, 0, "some lines\n123.5\n", "")
+
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=in_this_process))
+    flags = [
+        "--race",
+        "--scale",
+        "tiny",
+        "--batch",
+        2,
+        "--prompt_tokens",
+        3,
+        "--max_new_tokens",
+        40,
+        "--repeats",
+        1,
+        "--words",
+        0,
+    ]
+    flags += ["--device", "cpu", "--output", tmp_path / "race.json", "--racers", "token-compiled", "student-compiled"]
+    assert run_script(bench, *flags) == 0
+    cells = [("TokenCompiled", 2, 3, 40), ("StudentCompiled", 2, 3, 40)]
+    assert ran == [*cells, *cells, ("child", 0, 0, 0), cells[0], ("child", 0, 0, 0), cells[1]]  # warm, timed, measured
+    assert [row["peak_mb"] for row in json.loads((tmp_path / "race.json").read_text())["rows"]] == [123.5, 123.5]
+
+
+@pytest.mark.parametrize(("said", "told"), [("out of\nmemory\n", "memory"), ("", "exit code -9")])
+def test_a_process_that_dies_while_its_memory_is_measured(
+    said: str, told: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = subprocess.CompletedProcess([], -9, "", said)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=lambda *_, **__: died))
+    flags = ["--student", world.student, "--baseline", world.token_model, "--max_new_tokens", 2, "--repeats", 1]
+    assert run_script(bench, *flags, "--prompts", "a") == 2
+    assert f"measuring the memory of token_model failed: {told}; free some" in capsys.readouterr().err
 
 
 def test_the_race_of_trained_models(uncompiled: None, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
