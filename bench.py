@@ -47,6 +47,14 @@ from student.race import Ids, Lap
 from student.sampler import Sampler, checkpoint_tokenizer, load_sampler
 from student.student_model import Student, StudentConfig
 
+EAGER = "the eager comparison"
+READ_BY = {  # flags that only some of the modes read
+    "prompts": (EAGER,),
+    "scale": ("--race", "--parts", "--train"),
+    **dict.fromkeys(("batch", "prompt_tokens", "words", "rank", "int8"), ("--race", "--parts")),
+    **dict.fromkeys(("racers", "evaluate", "cell_seconds", "memory"), ("--race",)),
+    **dict.fromkeys(("data", "windows", "ranks", "word_counts"), ("--screen",)),
+}
 PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __init__(self, ", "def test_", '"""Utilities for ')
 
 
@@ -98,7 +106,7 @@ class Pair:
 def load_trained(args: argparse.Namespace, kind: str, device: torch.device) -> tuple[Any, Any]:
     """The student or the token-level model that the flags name, and its tokenizer."""
     if kind == "student":
-        sampler = load_sampler(args.student, device=device)
+        sampler = load_sampler(args.student, args.ae, device)
         return sampler.model, sampler.tokenizer
     model, content = load_token_model(args.baseline)
     return model.to(device), checkpoint_tokenizer(content["tokenizer"], args.baseline)
@@ -320,7 +328,7 @@ def own_peak() -> float:
 def eager_racer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[race.Racer, Any]:
     """A checkpoint's eager racer in float32, and its tokenizer."""
     if name == "student":
-        sampler = load_sampler(args.student, device=device)
+        sampler = load_sampler(args.student, args.ae, device)
         return race.StudentEager(sampler), sampler.tokenizer
     model, content = load_token_model(args.baseline)
     return race.TokenEager(model.to(device)), checkpoint_tokenizer(content["tokenizer"], args.baseline)
@@ -328,8 +336,6 @@ def eager_racer(name: str, args: argparse.Namespace, device: torch.device) -> tu
 
 def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> None:
     """Both checkpoints, eager, batch 1, on given prompts."""
-    if args.ae:
-        load_sampler(args.student, args.ae)
     loaded = {name: eager_racer(name, args, device) for name in ("token_model", "student")}
     if len({tokenizer.fingerprint for _, tokenizer in loaded.values()}) > 1:
         raise UserError("the two models use different tokenizers; their tokens/s cannot be compared")
@@ -377,7 +383,7 @@ def run_eager(args: argparse.Namespace, device: torch.device, threads: int) -> N
 # ---------------------------------------------------------------------------------------------------------- screen
 def run_screen(args: argparse.Namespace, device: torch.device) -> None:
     """Quality of the vocabulary screen on validation text, by rank and words, and of the table in 8 bits."""
-    sampler = load_sampler(args.student, device=device)
+    sampler = load_sampler(args.student, args.ae, device)
     data = PackedData.pair(args.data)[1]
     check_fingerprint(data.fingerprint, sampler.tokenizer.fingerprint, args.data, args.student)
     batches = data.batches(sampler.cfg.context, 4, args.windows)
@@ -387,6 +393,14 @@ def run_screen(args: argparse.Namespace, device: torch.device) -> None:
     for row in rows:
         print(f"{row['table']:>20}" + "".join(f"{row[name]:>16.5g}" if name in row else f"{'-':>16}" for name in names))
     finish({"rows": rows, "environment": environment()}, args.output)
+
+
+def refuse_stray_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UserError for a flag that the mode does not read, where it is not what it would be anyway."""
+    mode = next((f"--{name}" for name in ("race", "parts", "screen", "train") if getattr(args, name)), EAGER)
+    for flag, modes in READ_BY.items():
+        if mode not in modes and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag} is read by {' and '.join(modes)} alone, and this is {mode}; leave it out")
 
 
 def main() -> None:
@@ -413,8 +427,10 @@ def main() -> None:
     parser.add_argument(
         "--words", type=int, help="--race, --parts: words of the screen, 0 exact [demo 0, else 512 up to batch 8]"
     )
-    parser.add_argument("--rank", type=int, default=64, help="--race: rank of the screen [64]")
-    parser.add_argument("--int8", action="store_true", help=f"--race: vocabulary in 8 bits up to batch {FEW_ROWS}, no screen")
+    parser.add_argument("--rank", type=int, default=64, help="--race, --parts: rank of the screen [64]")
+    parser.add_argument(
+        "--int8", action="store_true", help=f"--race, --parts: vocabulary in 8 bits up to batch {FEW_ROWS}, no screen"
+    )
     parser.add_argument("--evaluate", help="--race: tools/evaluate.py's JSON [beside the checkpoints' folder]")
     parser.add_argument("--cell_seconds", type=float, default=300, help="--race: repeat a cell no further after that [300]")
     parser.add_argument("--memory", default="first", choices=("none", "first", "all"), help="--race: cells to measure it in")
@@ -429,8 +445,7 @@ def main() -> None:
         raise UserError("--max_new_tokens, --repeats, --batch and --prompt_tokens: expected at least 1")
     if args.int8 and args.words:
         raise UserError(f"expected --int8 or --words, got both ({args.words} words); leave one out")
-    if not (args.race or args.parts) and (args.int8 or args.words is not None):
-        raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the fast paths; add --race or --parts")
+    refuse_stray_flags(args, parser)
     if args.train:
         shape = None if args.scale == "demo" else vars(SHAPES[args.scale])
         speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)

@@ -49,7 +49,7 @@ def main() -> None:
         "--compile", action="store_true", help="the fast path: compiles for a minute or two the first time, and is kept on disk"
     )
     parser.add_argument("--words", type=int, default=0, help="with --compile: words of the vocabulary screen, 0 is exact [0]")
-    parser.add_argument("--rank", type=int, default=64, help="with --compile: rank of the screen [64]")
+    parser.add_argument("--rank", type=int, help="with --words: rank of the screen [64]")
     parser.add_argument(
         "--int8", action="store_true", help="with --compile: the vocabulary in 8 bits; on a CPU faster, and not quite exact"
     )
@@ -57,6 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.compile and (args.int8 or args.words):
         raise UserError(f"{'--int8' if args.int8 else '--words'} belongs to the fast path; add --compile")
+    if args.rank is not None and not args.words:
+        raise UserError("--rank belongs to the vocabulary screen; add --compile --words N")
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
     text = standard_input() if args.prompt == "-" else args.prompt
     threads = tune_process()
@@ -64,7 +66,9 @@ def main() -> None:
     sampler = load_sampler(args.student, args.ae, device)
     if args.compile:
         wants_compile(True, device)
-        sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank, int8=args.int8)
+        sampler = FastSampler(
+            sampler.model, sampler.tokenizer, words=args.words, rank=64 if args.rank is None else args.rank, int8=args.int8
+        )
         sampler.warm_up([params])
     prompt = sampler.tokenizer.encode(text)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:

@@ -150,7 +150,32 @@ def test_the_parts_of_a_chunk(
 @pytest.mark.parametrize("flag", [["--int8"], ["--words", 64]])
 def test_the_races_flags_elsewhere(mode: list[Any], flag: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(bench, *mode, *flag) == 2
-    assert f"{flag[0]} belongs to the fast paths; add --race or --parts" in capsys.readouterr().err
+    told = f"{flag[0]} is read by --race and --parts alone, and this is {mode[0] if mode else bench.EAGER}; leave it out"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--race", "--prompts", "a"], "--prompts is read by the eager comparison alone, and this is --race"),
+        (["--batch", 8], "--batch is read by --race and --parts alone"),
+        (["--parts", "--memory", "all"], "--memory is read by --race alone, and this is --parts"),
+        (["--train", "--windows", 4], "--windows is read by --screen alone, and this is --train"),
+        (["--screen", "--scale", "tiny"], "--scale is read by --race and --parts and --train alone"),
+    ],
+)
+def test_flags_that_the_mode_does_not_read(flags: list[Any], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(bench, *flags) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [[], ["--race"], ["--parts"], ["--screen"]])
+def test_the_autoencoder_is_checked_wherever_the_student_is_read(
+    mode: list[str], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--student", world.student, "--baseline", world.token_model, "--ae", "/nowhere.pt", "--device", "cpu"]
+    assert run_script(bench, *mode, *flags) == 2
+    assert "/nowhere.pt does not exist" in capsys.readouterr().err
 
 
 def test_8_bits_on_a_gpu_are_refused_before_anything_runs(

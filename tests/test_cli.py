@@ -50,6 +50,8 @@ def test_infer(world: World, capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "x", "--device", "cuda:7"], "--device cuda:7 cannot be used"),
         (["--prompt", "x", "--int8"], "--int8 belongs to the fast path; add --compile"),
         (["--prompt", "x", "--words", 64], "--words belongs to the fast path; add --compile"),
+        (["--prompt", "x", "--rank", 64], "--rank belongs to the vocabulary screen; add --compile --words N"),
+        (["--prompt", "x", "--rank", 8, "--compile"], "--rank belongs to the vocabulary screen"),
     ],
 )
 def test_infer_with_bad_input(world: World, capsys: pytest.CaptureFixture[str], flags: list[Any], message: str) -> None:
