@@ -115,18 +115,20 @@ def forward_flops(cfg: BackboneConfig) -> dict[str, float]:
 def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
     """FLOPs a training token, the optimizer's apart: three forward passes' worth of what learns, one of what is frozen.
 
-    The mse loss runs the frozen encoder; base loss and soft targets each multiply by the vocabulary once more.
+    The mse loss runs the frozen encoder; base loss and soft targets each multiply by the vocabulary once more. Beside soft
+    targets a cross-entropy of ce_w 0 has no backward pass. Of use_kd the teacher is taken to have told its logprobs.
     """
     parts = forward_flops(cfg)
+    unlearnt = 2 * (train.use_kd and train.ce_w == 0) * parts["vocabulary"]
     if not isinstance(cfg, StudentConfig):
-        return 3 * (sum(parts.values()) + train.use_kd * parts["vocabulary"])
+        return 3 * (sum(parts.values()) + train.use_kd * parts["vocabulary"]) - unlearnt
     assert isinstance(train, StudentTrainConfig)
     encoder = encoder_flops(cfg.ae)
     if cfg.head == "energy":  # a frozen autoencoder gives the targets
         return 3 * sum(parts.values()) + encoder
     products = (train.base_w > 0) + train.use_kd
     frozen = encoder if train.mse_w > 0 and cfg.latents == "on" else 0.0
-    return 3 * (sum(parts.values()) + products * parts["vocabulary"]) + frozen
+    return 3 * (sum(parts.values()) + products * parts["vocabulary"]) - unlearnt + frozen
 
 
 def optimizer_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:

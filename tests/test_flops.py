@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ae.losses import ae_loss
 from configs.loop import optimizers
 from configs.schema import LMTrainConfig, StudentTrainConfig
+from kd.losses import mean_kl
 from student.baseline import BackboneConfig
 from student.flops import (
     ae_training_flops,
@@ -112,6 +114,21 @@ def test_a_students_training_step(change: dict[str, Any], weights: dict[str, flo
             loss = student_loss(model, frozen, tokens, pads, ce_w=1.0, mse_w=train.mse_w, base_w=train.base_w)[0]
         loss.backward()
 
+    assert counted(step) == pytest.approx(training_flops(model.cfg, train) * 64, rel=0.04)
+
+
+@pytest.mark.parametrize("ce_w", [1.0, 0.0])
+def test_a_students_training_step_with_soft_targets(ce_w: float) -> None:
+    """What the cross-entropy adds is only reported where its weight is 0: one product with the table instead of three."""
+    model = make_student(**{**SHAPE, "embed_dim": 32, "local_window": 4, "vocab_size": 1280})
+    tokens, pads = torch.randint(2, 1280, (1, 64)), torch.tensor([0])
+    ids, logprobs = tokens[..., None], torch.full((1, 64, 1), -0.5)
+
+    def step() -> None:
+        kd = partial(mean_kl, table=model.table, top_ids=ids, top_logprobs=logprobs)
+        student_loss(model, None, tokens, pads, ce_w=ce_w, kd_w=1.0, kd=kd)[0].backward()
+
+    train = StudentTrainConfig(use_kd=True, ce_w=ce_w, mse_w=0.0)
     assert counted(step) == pytest.approx(training_flops(model.cfg, train) * 64, rel=0.04)
 
 
