@@ -1,6 +1,6 @@
 """The token-level model of the same backbone, config and data: the baseline of every table, and the demo's teacher.
 
-    python student/baseline.py --config configs/student_default.yaml --data data/packed
+    python student/baseline.py --config configs/token_model_default.yaml --data data/packed
 
 A stock `Qwen3ForCausalLM` with tied embeddings, trained by the loop that trains the student, on the same windows.
 Writes checkpoint_dir/token_model.pt and run_dir/ (config, metrics.jsonl, log).

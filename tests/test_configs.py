@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from ae import train_ae
 from configs.errors import UserError
 from configs.loop import learning_rate
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
+from student import baseline, train_student
 
 FOLDER = Path(__file__).parents[1] / "configs"
 OTHERS = ("ablate_", "inference")  # grids (test_ablate.py) and the server's settings (test_server_load.py)
@@ -22,6 +25,17 @@ def class_of(path: Path) -> type[TrainConfig]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_load(path: Path) -> None:
     assert isinstance(config_from(class_of(path), read_yaml(path), str(path)), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"), [(train_ae, AETrainConfig), (baseline, LMTrainConfig), (train_student, StudentTrainConfig)]
+)
+def test_the_command_in_a_trainers_docstring_is_read(
+    script: ModuleType, kind: type[TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    _, path, *flags = next(line.split() for line in (script.__doc__ or "").splitlines() if "--config" in line)
+    assert Path(path).samefile(script.__file__ or "") and isinstance(parse_config(kind, None, flags), kind)
 
 
 @pytest.mark.parametrize("kind", ["demo", ""])
