@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ae.ae_model import Autoencoder
 from configs.errors import UserError
-from configs.run import load_checkpoint
+from configs.run import check_fingerprint, load_checkpoint
 
 FAMILIES = ("llama", "qwen3")
 
@@ -31,20 +31,23 @@ def read_folder(path: str | Path) -> PreTrainedModel:
         raise UserError(f"--init_from {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def _embedding(path: str | Path) -> Tensor:
+def _embedding(path: str | Path, fingerprint: str) -> Tensor:
     """(words, width) of a token-level model's checkpoint or of a folder."""
     if Path(path).is_file():
-        return load_checkpoint(path, "token_model")["state"]["lm.model.embed_tokens.weight"]
+        content = load_checkpoint(path, "token_model")
+        check_fingerprint(content["tokenizer"]["fingerprint"], fingerprint, f"--init_from {path}", "--data")
+        return content["state"]["lm.model.embed_tokens.weight"]
     return read_folder(path).get_parameter("model.embed_tokens.weight")
 
 
 @torch.no_grad()
-def copy_embedding(ae: Autoencoder, path: str | Path) -> str:
+def copy_embedding(ae: Autoencoder, path: str | Path, fingerprint: str) -> str:
     """The embedding of the model at `path` into the autoencoder's table, scaled to rows of unit length on average.
 
-    Returns what was copied. Raises UserError where the shapes differ.
+    fingerprint: of the data's tokenizer. Returns what was copied. Raises UserError where the shapes differ, or a checkpoint is
+    of another tokenizer (a folder in transformers' format does not say).
     """
-    table, given = ae.embedding.weight, _embedding(path)
+    table, given = ae.embedding.weight, _embedding(path, fingerprint)
     if given.shape != table.shape:
         raise UserError(
             f"--init_from {path}: its embedding is {tuple(given.shape)} (words, width), the table {tuple(table.shape)}; "

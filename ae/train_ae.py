@@ -80,7 +80,7 @@ def main() -> None:
     with plan.unreal(cfg):
         model = Autoencoder(shape)
     if cfg.init_from and not cfg.dry_run:
-        setup.run.log(f"ae: {copy_embedding(model, cfg.init_from)}")
+        setup.run.log(f"ae: {copy_embedding(model, cfg.init_from, train.fingerprint)}")
     plan.place(model, setup.device)
     if cfg.embed_dim % (even := 2 * heads_of(cfg.embed_dim)):
         setup.run.log(f"ae: --embed_dim {cfg.embed_dim} is no multiple of {even}: no student with a local decoder can use it")

@@ -73,7 +73,7 @@ def test_another_rotary_base_is_refused_with_the_flag_to_set(tmp_path: Path) -> 
 def test_the_table_becomes_the_embedding(tmp_path: Path) -> None:
     source = AutoModelForCausalLM.from_pretrained(qwen3(tmp_path)).model.embed_tokens.weight
     ae = make_ae(vocab_size=320, embed_dim=32)
-    assert "the embedding, 10,240 parameters" in copy_embedding(ae, tmp_path)
+    assert "the embedding, 10,240 parameters" in copy_embedding(ae, tmp_path, "any")
     table = ae.embedding.weight
     assert table.norm(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
     assert torch.allclose(torch.cosine_similarity(table, source, dim=1), torch.ones(320), atol=1e-5)
@@ -84,7 +84,7 @@ def test_a_real_teacher() -> None:
         pytest.skip(f"no model in {STORIES}")
     shape = {"hidden_dim": 64, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 172, "vocab_size": 512, "num_layers": 5}
     assert "layers 0, 1, 2, 3, 4" in copy_backbone(make_student(**shape), STORIES)
-    assert "32,768 parameters" in copy_embedding(make_ae(vocab_size=512, embed_dim=64), STORIES)
+    assert "32,768 parameters" in copy_embedding(make_ae(vocab_size=512, embed_dim=64), STORIES, "any")
 
 
 def test_scripts_say_what_they_copied(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,3 +123,8 @@ def test_what_is_no_source_is_refused(what: str, message: str, tmp_path: Path) -
 def test_without_latents_there_is_no_backbone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no backbone"):
         copy_backbone(make_student(latents="none"), tmp_path)
+
+
+def test_a_checkpoint_of_another_tokenizer_gives_no_embedding(world: World) -> None:
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        copy_embedding(make_ae(vocab_size=320), world.token_model, "another")
