@@ -69,7 +69,7 @@ def energy_loss(samples: Tensor, targets: Tensor) -> Tensor:
 
 def copies_for(temperature: float) -> int:
     """n = 1 / temperature. Raises UserError where that is no whole number: there is no likelihood to divide."""
-    n = round(1 / temperature) if temperature > 0 else 0
+    n = round(1 / temperature) if temperature * (CANDIDATES + 1) > 1 else 0
     if not 1 <= n <= CANDIDATES or abs(1 / temperature - n) > 0.02 * n:
         raise UserError(
             f"the energy head has no likelihood to sharpen: expected temperature 1, 0.5, 0.33 or another 1/n, got {temperature}"

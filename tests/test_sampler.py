@@ -251,7 +251,7 @@ def test_the_energy_head_samples_at_temperature_one_over_n() -> None:
     assert [len(out.token_ids) for out in one] == [8] * 4 and one[1] == two[0]
     half = SamplingParams(max_new_tokens=8, temperature=0.5, ignore_eot=True)
     assert sample.generate(PROMPTS, half) == sample.generate(PROMPTS, half)
-    for temperature in (0.0, 0.8, 1.5):
+    for temperature in (0.0, 5e-324, 0.8, 1.5):
         with pytest.raises(UserError, match=r"expected temperature 1, 0\.5, 0\.33"):
             sample.generate(PROMPTS, SamplingParams(max_new_tokens=8, temperature=temperature))
 
