@@ -178,8 +178,9 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     result = {"rows": rows, **about}
     race.plot(rows, folder.with_suffix(".png"))
     kind = "trained" if pair.trained else "untrained shapes: speed only"
+    screens = "" if args.int8 or args.words == 0 else f"screens of rank {args.rank}, "
     print(
-        f"{args.scale} ({kind}), {dtype}, {'' if args.int8 or args.words == 0 else f'screens of rank {args.rank}, '}{where['threads']} threads, "
+        f"{args.scale} ({kind}), {dtype}, {screens}{where['threads']} threads, "
         f"{where['gpu'] if device.type == 'cuda' else where['processor']}, torch {where['torch']}; "
         f"copies {speeds['copy'] / 1e9:.1f} GB/s, reads {speeds['read'] / 1e9:.1f} GB/s"
     )
