@@ -217,15 +217,21 @@ async def _ignore(job: Any, outcome: Answer | Dropped) -> None:
     pass
 
 
-def test_budget_is_never_passed() -> None:
-    asked: list[int] = []
+def billed(asked: list[int], prompt_tokens: int) -> Any:
+    """A server with a price, which notes in `asked` what it is asked for."""
 
     async def handler(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
             return httpx.Response(200, json=PRICED)
         asked.append(1)
         await asyncio.sleep(0.01)
-        return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": 14, "completion_tokens": 9}})
+        return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}})
+
+    return handler
+
+
+def test_budget_is_never_passed() -> None:
+    asked: list[int] = []
 
     async def run(client: TeacherClient) -> float:
         await client.models()
@@ -233,7 +239,7 @@ def test_budget_is_never_passed() -> None:
             await client.run(((n, BODY) for n in range(50)), _ignore)
         return client.spent
 
-    spent = call(handler, run, budget_usd=0.05)  # type: ignore[arg-type]
+    spent = call(billed(asked, 14), run, budget_usd=0.05)  # type: ignore[arg-type]
     assert len(asked) == 5 and spent == pytest.approx(5 * (14 * 10 + 9 * 1000) / 1e6) and spent <= 0.05
     assert request_tokens(BODY) == (14, 10) and request_tokens({"prompt": [1, 2, 3]}) == (3, 0)
 
@@ -259,20 +265,13 @@ def test_the_reservation_is_an_upper_bound() -> None:
     asked: list[int] = []
     digits = {**BODY, "messages": [{"role": "user", "content": "7" * 30_000}]}
 
-    async def handler(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(200, json=PRICED)
-        asked.append(1)
-        await asyncio.sleep(0.01)
-        return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": 30_010, "completion_tokens": 9}})
-
     async def run(client: TeacherClient) -> float:
         await client.models()
         with pytest.raises(Stopped, match="the budget is used up"):
             await client.run(((n, digits) for n in range(3)), _ignore)
         return client.spent
 
-    spent = call(handler, run, budget_usd=0.35)  # type: ignore[arg-type]
+    spent = call(billed(asked, 30_010), run, budget_usd=0.35)  # type: ignore[arg-type]
     assert len(asked) == 1 and spent == pytest.approx((30_010 * 10 + 9 * 1000) / 1e6)
 
 
