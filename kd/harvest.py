@@ -40,7 +40,6 @@ from kd.kd_client import (
     Dropped,
     Interrupted,
     ModelInfo,
-    Settings,
     Stopped,
     TeacherClient,
     logprob_fields,
@@ -49,6 +48,7 @@ from kd.kd_client import (
 from kd.limits import Patience
 from kd.prompts import TEMPLATE, HarvestConfig, Job, Prompts
 from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, wire_top
+from kd.settings import Settings
 from kd.store import Store, request_key
 
 PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says

@@ -20,23 +20,21 @@ limits change while the client runs; both come to less code here than as plug-in
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
-import os
 import random
 import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from dotenv import dotenv_values
 
 from configs.errors import UserError
 from kd.limits import LONGEST_WAIT_S, Gate, Patience, retry_after_s
 from kd.records import Misaligned, choices_of, wire_top
+from kd.settings import Settings
 from kd.store import canonical
 
 VENICE_IN_FLIGHT = 10  # requests at once there: with the breaker's 9, fewer than 20 failures in 30 s
@@ -76,73 +74,6 @@ class Stopped(UserError):
 
 class Interrupted(Stopped):
     """The user asked to stop."""
-
-
-# --------------------------------------------------------------------------------------------------------- settings
-@dataclass(frozen=True)
-class Settings:
-    """Where the teacher is. The key is left out of the repr."""
-
-    base_url: str
-    model: str
-    api_key: str = field(default="", repr=False)
-
-    @classmethod
-    def load(
-        cls, base_url: str | None = None, model: str | None = None, allow_http: bool = False, env_file: str = ".env"
-    ) -> Settings:
-        """VENICE_BASE_URL, VENICE_API_KEY and VENICE_MODEL from the environment, else from `env_file`; arguments win.
-
-        Raises UserError for what is missing or unsafe, without naming the key.
-        """
-        try:
-            values = {**dotenv_values(env_file, encoding="utf-8-sig"), **os.environ}
-        except UnicodeDecodeError:
-            raise UserError(f"{env_file} is not UTF-8 text; save it again as UTF-8") from None
-        url = (base_url or values.get("VENICE_BASE_URL") or "").strip().rstrip("/")
-        name = (model or values.get("VENICE_MODEL") or "").strip()
-        key = (values.get("VENICE_API_KEY") or "").strip()
-        if not url or not name:
-            raise UserError(
-                "which teacher? Set VENICE_BASE_URL (such as https://api.venice.ai/api/v1 or http://127.0.0.1:8001/v1) and "
-                "VENICE_MODEL in the environment or in .env (see .env.example), or give --base_url and --model"
-            )
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise UserError("VENICE_API_KEY has a space, a control character or a character outside ASCII; paste it again")
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise UserError(f"VENICE_BASE_URL is no URL ({error})") from None
-        if parsed.userinfo:
-            raise UserError("VENICE_BASE_URL holds a user name or password; put the key into VENICE_API_KEY instead")
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise UserError(f"VENICE_BASE_URL: expected https://host/... (or http:// on this machine), got {url!r}")
-        if parsed.scheme == "http" and not _is_loopback(parsed.host) and not allow_http:
-            raise UserError(
-                f"{url} is plain http to another machine: key and text could be read on the way. Use https, or --allow_http "
-                "on a network you trust"
-            )
-        return cls(url, name, key)
-
-    @property
-    def host(self) -> str:
-        return httpx.URL(self.base_url).host
-
-    @property
-    def is_venice(self) -> bool:
-        return self.host == "venice.ai" or self.host.endswith(".venice.ai")
-
-    @property
-    def is_hosted(self) -> bool:
-        """Venice or OpenAI, which refuse the fields of vLLM."""
-        return self.is_venice or self.host.endswith("openai.com")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ------------------------------------------------------------------------------------------------ what comes back
@@ -256,7 +187,7 @@ class TeacherClient:
                 headers={"Content-Type": "application/json", **key},
                 timeout=httpx.Timeout(self.patience.timeout_s, connect=min(10.0, self.patience.timeout_s), pool=None),
                 limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-                trust_env=not _is_loopback(settings.host),  # no proxy on the way to this machine
+                trust_env=not settings.is_local,  # no proxy on the way to this machine
                 transport=transport,
             )
         except (ImportError, ValueError, httpx.InvalidURL):  # their texts may quote a password

@@ -14,8 +14,9 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import opt
-from kd.kd_client import STEPS_DOWN, Settings
+from kd.kd_client import STEPS_DOWN
 from kd.records import TokenizerLike
+from kd.settings import Settings
 from kd.shards import Shard
 
 TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key

@@ -191,7 +191,7 @@ class FaultyServer:
 def harvest_in_a_child(prompts: str, store: str, url: str) -> None:
     """One pass over the prompts; here, as a child process must be able to import it without torch."""
     from kd.harvest import HarvestConfig, harvest
-    from kd.kd_client import Settings
+    from kd.settings import Settings
 
     sys.stderr = sys.stdout = io.StringIO()
     cfg = HarvestConfig(prompts=prompts, store=store, mode="chat", temperature=0.0, n_tokens=10**9, concurrency=8)

@@ -16,8 +16,9 @@ import pytest
 from faulty_server import FaultyServer, good
 
 from configs.errors import UserError
-from kd.kd_client import Answer, Dropped, ModelInfo, Settings, Stopped, TeacherClient, request_tokens, same_model
+from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient, request_tokens, same_model
 from kd.limits import Gate, Patience, reset_s, retry_after_s
+from kd.settings import Settings
 
 KEY = "sk-a-very-secret-key-0123456789"
 VENICE = Settings("https://api.venice.ai/api/v1", "teacher", KEY)
@@ -404,42 +405,6 @@ def test_models() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "VENICE_BASE_URL"),
-        ({"VENICE_BASE_URL": "https://x/v1"}, "VENICE_MODEL"),
-        ({"VENICE_BASE_URL": "http://example.com/v1", "VENICE_MODEL": "m"}, "plain http to another machine"),
-        ({"VENICE_BASE_URL": "ftp://x", "VENICE_MODEL": "m"}, "expected https://"),
-        ({"VENICE_BASE_URL": f"https://me:{KEY}@x/v1", "VENICE_MODEL": "m"}, "user name or password"),
-        ({"VENICE_BASE_URL": "https://x/v1", "VENICE_MODEL": "m", "VENICE_API_KEY": KEY + "\u2026"}, "outside ASCII"),
-        ({"VENICE_BASE_URL": "https://x/v1", "VENICE_MODEL": "m", "VENICE_API_KEY": f"a\n{KEY}"}, "control character"),
-    ],
-)
-def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, values: dict[str, str], message: str) -> None:
-    for name in ("VENICE_BASE_URL", "VENICE_MODEL", "VENICE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message) as caught:
-        Settings.load(env_file="/nowhere")
-    assert KEY not in str(caught.value)
-
-
-def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    env = tmp_path / ".env"
-    env.write_text(f"VENICE_BASE_URL=https://api.venice.ai/api/v1/\nVENICE_API_KEY= {KEY} \nVENICE_MODEL=from-file\n")
-    for name in ("VENICE_BASE_URL", "VENICE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VENICE_MODEL", "from-environment")
-    settings = Settings.load(env_file=str(env))
-    assert (settings.base_url, settings.model, settings.api_key) == ("https://api.venice.ai/api/v1", "from-environment", KEY)
-    assert settings.is_venice and Settings.load(model="mine", env_file=str(env)).model == "mine"
-    for url in ("http://127.0.0.1:1/v1", "http://localhost:1/v1", "http://[::1]:1/v1"):
-        assert not Settings.load(base_url=url, env_file=str(env)).is_venice
-    assert Settings.load(base_url="http://10.0.0.2/v1", allow_http=True, env_file=str(env)).host == "10.0.0.2"
-
-
 @pytest.mark.parametrize(("status", "kind"), [(400, Dropped), (401, Stopped)])
 def test_no_part_of_the_key_is_shown(status: int, kind: type[Exception]) -> None:
     """A long error is cut once the key is out of it, wherever that stood."""
@@ -447,19 +412,6 @@ def test_no_part_of_the_key_is_shown(status: int, kind: type[Exception]) -> None
         with pytest.raises(kind) as caught:
             ask(replies(httpx.Response(status, json={"error": "x" * before + KEY + "y" * 300})))
         assert KEY[:4] not in str(caught.value) and len(str(caught.value)) < 400
-
-
-def test_an_env_file_of_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As editors on Windows save it: UTF-16 is refused in one line, UTF-8 with its mark in front is read."""
-    for name in ("VENICE_BASE_URL", "VENICE_API_KEY", "VENICE_MODEL"):
-        monkeypatch.delenv(name, raising=False)
-    env = tmp_path / ".env"
-    content = f"VENICE_BASE_URL=https://x/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=m\n"
-    env.write_text(content, encoding="utf-16")
-    with pytest.raises(UserError, match=r"\.env is not UTF-8 text"):
-        Settings.load(env_file=str(env))
-    env.write_text(content, encoding="utf-8-sig")
-    assert Settings.load(env_file=str(env)) == Settings("https://x/v1", "m", KEY)
 
 
 @pytest.mark.parametrize("proxy", ["gopher://x:1", "socks5://x:1", "http://me:secret-word/@x"])

@@ -27,10 +27,11 @@ from configs.errors import UserError
 from kd import harvest as harvest_script
 from kd.harvest import HarvestConfig, Summary, harvest
 from kd.kd_batcher import KDShard, pack_answers
-from kd.kd_client import Settings, Stopped
+from kd.kd_client import Stopped
 from kd.limits import Patience
 from kd.prompts import request_of
 from kd.records import Misaligned, TokenTable, parse_answer
+from kd.settings import Settings
 from kd.store import Store
 
 KEY = "sk-a-very-secret-key-0123456789"

@@ -17,8 +17,8 @@ from test_kd_store import put
 
 from configs.errors import UserError
 from kd import shards
-from kd.kd_client import Settings
 from kd.prompts import HarvestConfig, Prompts
+from kd.settings import Settings
 from kd.shards import Shard, merge
 from kd.store import Store
 

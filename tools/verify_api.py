@@ -15,10 +15,11 @@ from typing import Any
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import EXIT_USER_ERROR, UserError, run_cli
 from configs.schema import opt, parse_config
-from kd.kd_client import Answer, Dropped, ModelInfo, Settings, Stopped, TeacherClient
+from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient
 from kd.limits import Patience
 from kd.prompts import HarvestConfig, Job, request_of, uses_chat
 from kd.records import MISSING, Misaligned, TokenTable, parse_answer
+from kd.settings import Settings
 
 PROMPT = "Write a short sentence about a caf\u00e9 in \u6771\u4eac, with an emoji."  # tokens that split characters
 ATTEMPTS = 3
