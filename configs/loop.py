@@ -220,6 +220,10 @@ def fit(
             for group, decay in zip(optimizer.param_groups, asked_for, strict=True):
                 group["weight_decay"] = decay
         run.log(f"{name}: resumed at step {first} of {total} from {source}")
+        before = state["train_config"]
+        if cfg.lr_decay and (before.get("max_steps"), before.get("epochs")) != (cfg.max_steps, cfg.epochs):
+            rate = learning_rate(first, total, cfg)
+            run.log(f"{name}: --lr_decay {cfg.lr_decay:g} is laid out anew for {total} steps: the rate goes on at {rate:.3g}")
     run.describe(as_dict(cfg))
     run.go_on_from(first)
 

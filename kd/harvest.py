@@ -67,12 +67,12 @@ class Summary:
     aligned: int = 0
     misaligned: Counter[str] = field(default_factory=Counter)  # answers that are kept but cannot be used with this tokenizer
     errors: Counter[str] = field(default_factory=Counter)  # requests that were tried again
-    spent: float = 0.0  # dollars, by the store
+    spent: str = "nothing"  # of the store, for people
 
     def lines(self) -> Iterator[str]:
         """The summary for people."""
         answers = f"{self.answers + self.found:,} answers ({self.found:,} from earlier runs)"
-        yield f"{self.tokens:,} tokens in {answers}, ${self.spent:.4f} in all"
+        yield f"{self.tokens:,} tokens in {answers}; spent in all: {self.spent}"
         if self.answers + self.found:
             kind = f"token-level, top {self.top_logprobs}" if self.top_logprobs else "sequence-level (text alone)"
             yield f"kind of distillation: {kind}"
@@ -194,7 +194,7 @@ class Harvest:
             summary.answers += 1
             self._count(self._taught(outcome))
         self.bar.set_postfix_str(
-            f"{summary.answers + summary.found} answers, ${self.client.spent:.4f}, {self.client.errors.total()} retries, "
+            f"{summary.answers + summary.found} answers, {self.client.dollars}, {self.client.errors.total()} retries, "
             f"{summary.dropped.total()} dropped",
             refresh=False,
         )
@@ -247,7 +247,7 @@ class Harvest:
         if first is not None:
             minutes = max(minutes, calls * first.seconds / client.concurrency / 60)
         self.log(
-            f"estimate for {cfg.n_tokens:,} tokens, less what {self.store.path} holds already, "
+            f"estimate for {cfg.n_tokens:,} tokens in all (what {self.store.path} holds of them is not subtracted), "
             + ("by the first answer: about " if first else "before an answer shows their length: at least ")
             + f"{calls:,} calls, {prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "
             + (f"{minutes:.0f} minutes" if minutes else "time unknown before the first call (no --rpm or --tpm)")
@@ -313,7 +313,7 @@ def harvest(
             asyncio.run(_harvest(work))
         finally:
             gc.set_threshold(*thresholds)
-            work.summary.spent = client.spent
+            work.summary.spent = client.dollars
             if not cfg.dry_run:
                 for line in work.summary.lines():
                     log(line)

@@ -197,6 +197,11 @@ class TeacherClient:
     def __repr__(self) -> str:
         return f"TeacherClient({self.settings!r})"
 
+    @property
+    def dollars(self) -> str:
+        """`spent`, for people: of a server that tells neither prices nor costs nothing is known, which is not nothing."""
+        return f"${self.spent:.4f}" if self.spent or self.model.cost(0, 0) is not None else "price not known"
+
     async def __aenter__(self) -> TeacherClient:
         return self
 

@@ -39,7 +39,9 @@ class HarvestConfig:
         "auto", "chat, completions, score, or auto: chat on Venice and OpenAI", choices=("auto", "chat", "completions", "score")
     )
     text_prompts: bool = opt(
-        False, "completions: prompts as text, for servers that take no token ids or have another tokenizer"
+        False,
+        "completions: prompts as text, for servers that take no token ids or have another tokenizer; always so with "
+        "--top_logprobs 0",
     )
     max_new_tokens: int = opt(512, "most tokens of an answer (--mode score: of the text that a request scores)", low=1)
     temperature: float = opt(1.0, "of the teacher's sampling; 0 uses each prompt once", low=0)
@@ -52,9 +54,15 @@ class HarvestConfig:
     tpm: float | None = opt(None, "most tokens a minute, prompts included", low=1e-9)
     budget_usd: float | None = opt(None, "most dollars that this store may cost, earlier runs included", low=0)
     timeout_s: float = opt(300.0, "seconds that an answer may take", low=1e-9)
-    dry_run: bool = opt(False, "estimate calls, tokens, dollars and time, and ask for nothing")
+    dry_run: bool = opt(False, "estimate calls, tokens, dollars and time, and ask for no text")
     allow_http: bool = opt(False, "allow plain http to another machine")
     allow_other_model: bool = opt(False, "keep answers of another model than asked for")
+
+    @property
+    def as_text(self) -> bool:
+        """Whether a completions server is sent text. Ids would be other words to a teacher of another tokenizer, and without
+        logprobs nothing would show it."""
+        return self.text_prompts or (not self.top_logprobs and bool(self.data or self.prompts))
 
 
 @dataclass
@@ -90,7 +98,7 @@ class Prompts:
             raise UserError("give --data or --prompts, not both")
         if self.chat and not (cfg.data or cfg.prompts):
             raise UserError("a chat needs prompts: give --data or --prompts (only --mode completions can start from nothing)")
-        if tokenizer is None and (cfg.data or not cfg.prompts or (not self.chat and not cfg.text_prompts)):
+        if tokenizer is None and (cfg.data or not cfg.prompts or (not self.chat and not cfg.as_text)):
             raise UserError("these prompts are token ids: give --tokenizer, the teacher's own")
 
     def __iter__(self) -> Iterator[Job]:
@@ -177,7 +185,7 @@ def request_of(
         ids = None if tokenizer is None else tokenizer.encode(text)
     if chat:
         return Job({**body, "messages": [{"role": "user", "content": CONTINUE + text}]}, ids)
-    if cfg.text_prompts:
+    if cfg.as_text:
         return Job({**body, "prompt": text}, ids)
     assert tokenizer is not None and ids is not None
     return Job({**body, "prompt": [tokenizer.eot_id, *ids]}, ids)  # as in packed data, where a document follows another

@@ -153,7 +153,6 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         max_new_tokens=max(1, min(HarvestConfig.max_new_tokens, window - prompt - 1)),  # one for the start of text
         store=cfg.kd_store,
         top_logprobs=cfg.kd_k,
-        text_prompts=not cfg.kd_k,  # ids would be words of the teacher's tokenizer
         budget_usd=cfg.kd_budget_usd,
     )
     path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())
@@ -161,7 +160,9 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
     with Store(path) as store, store.harvesting(wait=_log):  # a second training waits, and finds what the first one packed
         held = store.totals().completion_tokens
         if held < cfg.kd_tokens:
-            _log(f"{path} holds {held:,} of --kd_tokens {cfg.kd_tokens:,} tokens: harvesting the rest")
+            budget = cfg.kd_budget_usd
+            limit = "with no --kd_budget_usd, whatever it costs" if budget is None else f"for at most ${budget:g} in all"
+            _log(f"{path} holds {held:,} of --kd_tokens {cfg.kd_tokens:,} tokens: harvesting the rest; {limit}")
             try:
                 harvest(wanted, log=_log, store=store)
             except Interrupted:

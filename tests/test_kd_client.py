@@ -245,6 +245,24 @@ def test_budget_is_never_passed() -> None:
     assert request_tokens(BODY) == (14, 10) and request_tokens({"prompt": [1, 2, 3]}) == (3, 0)
 
 
+@pytest.mark.parametrize(
+    ("models", "answer", "said"),
+    [
+        (PRICED, None, "$0.0000"),
+        ({"data": []}, good(), "price not known"),
+        ({"data": []}, {**good(), "cost": {"usd": 0.25}}, "$0.2500"),
+    ],
+)
+def test_what_is_not_known_is_not_called_nothing(models: dict[str, Any], answer: dict[str, Any] | None, said: str) -> None:
+    async def run(client: TeacherClient) -> str:
+        await client.models()
+        if answer is not None:
+            await client.ask(BODY)
+        return client.dollars
+
+    assert call(lambda request: httpx.Response(200, json=models if request.method == "GET" else answer), run) == said
+
+
 @pytest.mark.parametrize("settings", [VENICE, LOCAL])
 def test_no_budget_without_a_price(settings: Settings) -> None:
     """Not even where answers tell their cost: before the first of them came, nothing would hold the others."""

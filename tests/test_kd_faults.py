@@ -248,6 +248,15 @@ def test_bodies_are_what_each_server_understands() -> None:
     assert (job.body["top_p"], job.body["top_k"], job.body["min_p"]) == (1, -1, 0)  # else a model's own defaults would cut
 
 
+def test_a_prompt_for_a_teachers_text_alone_is_no_ids_of_another_tokenizer() -> None:
+    """Only ids would be other words there; from nothing there are none of ours, and --tokenizer is the teacher's."""
+    tokenizer, local = ByteTokenizer(), Settings("http://127.0.0.1:1/v1", "m", KEY)
+    for source, prompt in (({"data": "packed"}, "Once"), ({"prompts": "p.jsonl"}, "Once"), ({}, [tokenizer.eot_id, *b"Once"])):
+        cfg = HarvestConfig(top_logprobs=0, **source)
+        job = request_of(cfg, local, tokenizer, False, 0, {"ids": [*b"Once"]})
+        assert job.body["prompt"] == prompt and job.prompt_ids == [*b"Once"]
+
+
 def test_the_estimate_goes_by_the_first_answer(tmp_path: Path) -> None:
     """Short answers to long prompts: what prompts cost was bounded from below before, and says so."""
     said: list[str] = []

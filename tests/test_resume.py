@@ -149,7 +149,7 @@ def test_a_save_from_before_a_setting_existed_goes_on_without_a_word(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One from before there were several optimizers, too, and bit for bit."""
-    flags, (new, old) = flags_of("token_model", world), (tmp_path / "new", tmp_path / "old")
+    flags, (new, old) = [*flags_of("token_model", world), "--lr_decay", 0.5], (tmp_path / "new", tmp_path / "old")
     for folder in (new, old):
         assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 2) == 0
     path = old / "checkpoints" / "token_model.state.pt"
@@ -162,6 +162,7 @@ def test_a_save_from_before_a_setting_existed_goes_on_without_a_word(
         assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 4, "--resume") == 0
     said = capsys.readouterr().err
     assert said.count("resumed at step 2 of 4") == 2 and "another run" not in said
+    assert said.count("is laid out anew for 4 steps: the rate goes on at") == 2
     one, two = weights(new, "token_model"), weights(old, "token_model")
     assert all(torch.equal(one[key], two[key]) for key in one)
 

@@ -72,7 +72,7 @@ async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerA
         raise UserError(f"the call failed: {error}") from None
     job.body |= fields
     path = "/chat/completions" if chat else "/completions"
-    report.row("call", f"{path}: {answer.completion_tokens} tokens in {answer.seconds:.2f} s, ${answer.cost:.6f}")
+    report.row("call", f"{path}: {answer.completion_tokens} tokens in {answer.seconds:.2f} s, {client.dollars}")
     await limits(client, report)
     told = answer.body.get("model")
     if told != settings.model:
