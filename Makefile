@@ -100,7 +100,7 @@ test-student: setup ## tests of student, sampler and metrics
 test-server: setup ## tests of server and page (openai, lm-eval, schemathesis: .ci/requirements.txt; the page: chromium)
 	$(PY) -m pytest tests/test_server.py tests/test_server_load.py tests/test_page.py $(ARGS)
 
-check-api: setup ## can the server in .env be a teacher? (the tool's own exit code: 0 yes, 1 with a restriction, 2 no)
+check-api: setup ## can the server in .env be a teacher? (make ends with 2 for a restriction, too: for exit codes run tools/verify_api.py)
 	@$(PY) tools/verify_api.py $(ARGS)
 
 harvest: setup ## ask the teacher in .env for text with logprobs (ARGS="--data DIR --n_tokens N --budget_usd X --dry_run")
