@@ -137,14 +137,14 @@ def test_what_counts_as_done(world: World, tmp_path: Path, in_process: None) -> 
     flags = ["--grid", path, "--docs", tmp_path / "docs"]
     assert run_script(ablate, *flags) == 0
     assert stale(load_grid(path)) == []
-    before = (tmp_path / "out" / "token_model-s0" / "run.json").stat().st_mtime_ns
+    ckpt = tmp_path / "out" / "token_model-s0" / "checkpoints" / "token_model.pt"
+    before = ckpt.stat().st_mtime_ns
     written(path, world, **change, shared={**SHARED, "log_every": 2, "mse_w": 0.0, "weight_decay": 0.1})
     assert stale(load_grid(path)) == []  # what changes no weights, what is another trainer's, and a default spelled out
     written(path, world, **change, max_windows=9)
     assert len(stale(load_grid(path))) == 2
-    assert run_script(ablate, *flags) == 0  # only measured again
-    assert (tmp_path / "out" / "token_model-s0" / "checkpoints" / "token_model.pt").stat().st_mtime_ns < before + 60e9
-    assert "trained again" not in (tmp_path / "out" / "token_model-s0" / "output.txt").read_text()
+    assert run_script(ablate, *flags) == 0
+    assert stale(load_grid(path)) == [] and ckpt.stat().st_mtime_ns == before  # only measured again
     variants["token_model"]["lr"] = 2e-3
     written(path, world, **change, max_windows=9)
     assert stale(load_grid(path)) == ["token_model-s0"]
@@ -155,6 +155,7 @@ def test_what_counts_as_done(world: World, tmp_path: Path, in_process: None) -> 
     assert run_script(ablate, *flags) == 0
     row = read_rows(tmp_path / "out")["token_model", 0]
     assert (row["training_tokens"], len(read_rows(tmp_path / "out"))) == (3 * 4 * 32, 2)
+    assert ckpt.stat().st_mtime_ns > before
 
 
 def test_rows_of_runs_made_elsewhere_stay(world: World, tmp_path: Path, in_process: None) -> None:
@@ -209,23 +210,23 @@ def test_a_damaged_page_is_named(world: World, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "g.yaml", world, shared={**SHARED, "max_steps": 200, "eval_every": 0})
+    path = written(tmp_path / "g.yaml", world, shared={**SHARED, "max_steps": 400, "eval_every": 0})
     command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--grid", str(path), "--docs", str(tmp_path / "docs")]
     process = subprocess.Popen([*command, "--only", "local_only"], stderr=subprocess.PIPE, start_new_session=True)
     metrics = tmp_path / "out" / "local_only-s0" / "metrics.jsonl"
     deadline = time.time() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130 and "Traceback" not in error
     state = tmp_path / "out" / "local_only-s0" / "checkpoints" / "student.state.pt"
-    assert state.exists() and 5 <= metrics.read_text().count("\n") < 200
+    assert state.exists() and 2 <= metrics.read_text().count("\n") < 400
     monkeypatch.setattr(ablate, "Popen", InProcess)
     assert run_script(ablate, *command[2:], "--only", "local_only") == 0
     assert "resumed at step" in (tmp_path / "out" / "local_only-s0" / "log.txt").read_text()
-    assert read_rows(tmp_path / "out")["local_only", 0]["training_tokens"] == 200 * 4 * 32
+    assert read_rows(tmp_path / "out")["local_only", 0]["training_tokens"] == 400 * 4 * 32
 
 
 def test_a_run_stopped_before_its_first_line_of_metrics(world: World, tmp_path: Path, in_process: None) -> None:
