@@ -305,7 +305,7 @@ def test_screen_quality() -> None:
     assert by[16, 16]["cut"] > by[16, 160]["cut"] and by[16, 160]["max_missed"] == 0
 
 
-def test_training_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for model in speed.MODELS:
         module, loss, tokens = speed.make_step(model, torch.device("cpu"))
         assert tokens > 1000 and sum(p.numel() for p in module.parameters()) > 1e6
@@ -320,3 +320,4 @@ def test_training_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     row = speed.measure("ae", 0, "cpu", 1)
     assert row["variant"] == "fp32 eager" and row["tokens_per_s"] > 0
     assert run_script(bench, "--train", "--variant", "nothing:0") == 2
+    assert "--variant nothing:0: expected MODEL:INDEX" in capsys.readouterr().err

@@ -362,6 +362,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
         assert said in capsys.readouterr().err and not output.exists()
     (tmp_path / "file").touch()
     assert run_script(export_hf, "--student", world.student, "--output", tmp_path / "file") == 2
+    assert "file is a file; name a folder" in capsys.readouterr().err
 
 
 def test_baseline_is_a_stock_model(world: World, tmp_path: Path) -> None:
