@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, make_ae, make_student, run_script
+from conftest import SMALL_AE, SMALL_LM, World, make_ae, make_student, run_script
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ae import train_ae
+from ae.ae_model import load_ae
 from ae.initialise import copy_embedding
 from configs.errors import UserError
 from student import train_student
+from student.baseline import load_token_model
 from student.initialise import copy_backbone, spread
+from student.student_model import load_student
 
 STORIES = Path(__file__).parents[2] / "shared" / "teachers" / "stories260k"
 
@@ -94,6 +97,16 @@ def test_scripts_say_what_they_copied(world: World, tmp_path: Path, capsys: pyte
     assert "other layers than this backbone; set --" in capsys.readouterr().err
     assert run_script(train_ae, *flags, "--latent_dim", 16, "--embed_dim", 48) == 2
     assert "its embedding is (" in capsys.readouterr().err
+    token_model, log = load_token_model(world.token_model)[0], tmp_path / "run" / "log.txt"
+    fitting = [*SMALL_LM, "--ffn_dim", token_model.lm.config.intermediate_size, "--lr", 0, "--ae_ckpt", world.ae]
+    assert run_script(train_student, *flags, *fitting) == 0
+    assert f"student: init from {world.token_model}: " in log.read_text() and "layers 0, 1" in log.read_text()
+    student = load_student(tmp_path / "checkpoints" / "student.pt")[0]
+    assert torch.equal(student.backbone.layers[1].mlp.up_proj.weight, token_model.lm.model.layers[1].mlp.up_proj.weight)
+    assert run_script(train_ae, *flags, *SMALL_AE, "--lr", 0) == 0
+    assert f"ae: init from {world.token_model}: the embedding, 10,240 parameters" in log.read_text()
+    table, given = load_ae(tmp_path / "checkpoints" / "ae.pt")[0].embedding.weight, token_model.lm.model.embed_tokens.weight
+    torch.testing.assert_close(table, given / given.norm(dim=1).mean())
 
 
 @pytest.mark.parametrize(
