@@ -17,7 +17,6 @@ decoder, `A` its heads, `d` their width, `N` blocks of BLOCK positions, as many 
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from student.compiled import CompiledStep, Replayed
 from student.drawing import Vocabulary, draw, make_vocabulary
 from student.local_decoder import LocalDecoder, Memory, MemoryCache
 from student.sampler import SMALLEST, Chunk, Row, Sampler, SamplingParams
-from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, rotate
+from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, in_dtype, rotate
 from student.student_model import Student
 
 UNCOVERED = {"latents": "none", "head": "energy", "local_decoder": "restart"}  # by the fast path
@@ -255,7 +254,7 @@ class FastSampler(Sampler):
                 "use infer.py without --compile"
             )
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
-        model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        model = in_dtype(model, dtype).requires_grad_(False)
         super().__init__(model, tokenizer)
         self.slots, self.positions, self.backbone_steps = slots, positions or cfg.seq_len, 0
         table = model.table

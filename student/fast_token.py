@@ -7,7 +7,6 @@ Legend: `B` slots, `T` tokens of a prompt.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,7 @@ from student.compiled import CompiledStep, Replayed
 from student.drawing import Vocabulary, draw, make_vocabulary
 from student.fast import Draws
 from student.sampler import SamplingParams
-from student.static import Cache, StaticBackbone
+from student.static import Cache, StaticBackbone, in_dtype
 
 
 class NextToken(nn.Module):
@@ -46,7 +45,7 @@ class FastTokenModel:
     ) -> None:  # fmt: skip
         device = model.table.device
         dtype = dtype or (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
-        model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        model = in_dtype(model, dtype).requires_grad_(False)
         self.slots, self.positions, self.backbone_steps = slots, positions, 0
         never = torch.zeros(len(model.table), dtype=torch.bool)
         vocabulary = make_vocabulary(model.table, never, words, rank, int8)

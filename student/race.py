@@ -8,7 +8,6 @@ Legend: `B` rows.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
 import time
@@ -29,6 +28,7 @@ from student.fast import FastSampler, filters_of
 from student.fast_token import FastTokenModel
 from student.flops import generation_bytes, generation_flops
 from student.sampler import Sampler, SamplingParams
+from student.static import in_dtype
 from student.student_model import Student, StudentConfig
 
 RACERS = ("token-eager", "token-compiled", "student-eager", "student-compiled")
@@ -120,8 +120,8 @@ class TokenEager:
     """
 
     def __init__(self, model: TokenModel, dtype: torch.dtype = torch.float32, static: bool = False) -> None:
-        lm: Any = copy.deepcopy(model.lm)
-        self.model: Any = lm.to(dtype).eval()
+        lm: Any = model.lm
+        self.model: Any = in_dtype(lm, dtype).eval()
         self.extra: dict[str, Any] = {}
         if static:
             compiling: Any = CompileConfig(fullgraph=False, dynamic=False, mode="default")
@@ -234,7 +234,7 @@ def make_racer(
             return TokenEager(model, dtype, static=name == "token-generate-compiled")
         return TokenCompiled(model, dtype, rows, prompt + new, vocabulary if name == "token-compiled-screen" else {})
     if name == "student-eager":
-        return StudentEager(Sampler(copy.deepcopy(model).to(dtype), tokenizer))
+        return StudentEager(Sampler(in_dtype(model, dtype), tokenizer))
     positions = positions_for(prompt, new, model.cfg.k)
     return StudentCompiled(FastSampler(model, tokenizer, slots=rows, positions=positions, dtype=dtype, **vocabulary))
 
