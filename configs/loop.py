@@ -33,6 +33,8 @@ from configs.run import (
     remove_temporaries,
     save_checkpoint,
     saved_states,
+    set_state_aside,
+    state_aside,
     state_before,
     tune_process,
     wants_compile,
@@ -193,6 +195,8 @@ def fit(
     """
     folder, here, run = Path(cfg.checkpoint_dir), setup.here, setup.run
     replicas = Replicas(model, cfg, here, setup.device)
+    if replicas.sharded and setup.compile:  # as --set compile=auto may have it
+        raise UserError("--fsdp with --compile is not supported: leave one of them out")
     every, first = optimizers(model, cfg), 0
     loss_of = torch.compile(loss_of) if setup.compile else loss_of
     state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
@@ -200,11 +204,13 @@ def fit(
         remove_temporaries(folder, name)
     if here.first and not cfg.resume and not here.restarts:  # what restarts must not go on from another training's save
         set_aside(shards)
-        if state_path.exists():
-            state_path.replace(state_before(state_path))
-    saved = whole_saves(shards) if replicas.sharded else saved_states(state_path)
-    own = saved and (not saved[0].name.startswith(OLD) if replicas.sharded else state_path.exists())
-    if cfg.resume or (here.restarts and own):
+        set_state_aside(state_path)
+    saved = (
+        [place for place in whole_saves(shards) if not place.name.startswith(OLD)]
+        if replicas.sharded
+        else saved_states(state_path)
+    )
+    if cfg.resume or (here.restarts and saved):
         state = replicas.in_turn(_saved_state, name, shards if replicas.sharded else state_path, saved, cfg, content, run)
         first, source = state["step"], saved[0] if replicas.sharded else state_path
         if first > total:
@@ -239,6 +245,7 @@ def fit(
         elif here.first:
             state = {**about, "state": replicas.weights(), "optimizers": [x.state_dict() for x in every]}
             save_checkpoint(state_path, f"{name}.state", state, state_before(state_path))
+            state_aside(state_path).unlink(missing_ok=True)
         save_model(step, {})
 
     stop = _StopSignal(alone=here.size == 1)
@@ -258,6 +265,7 @@ def fit(
             norm = replicas.clip(cfg.grad_clip)
             if not math.isfinite(norm):  # one check for loss and gradient, before the weights are touched
                 raise _not_finite(name, folder, cfg, step, replicas.mean([loss])[0], norm.item(), batch if here.first else None)
+            asked = replicas.any(stop.asked or 0)  # here the host has waited for the device anyway
             for optimizer in every:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -284,7 +292,7 @@ def fit(
                     tokens=done * tokens_per_step,
                     **{f"val_{k}": v for k, v in replicas.run(validate, False).items()},
                 )
-            if (asked := replicas.any(stop.asked or 0)) and done < total:
+            if asked and done < total:
                 save(done)
                 bar.close()
                 run.log(f"{name}: stopped at step {done} of {total} and saved {state_path}. Go on with: {_resume_command()}")
@@ -312,7 +320,7 @@ def _saved_state(
     elif saved:
         state = read_about(saved[0])
     else:
-        raise UserError(f"--resume: {path} holds no save of a --fsdp training; train without --resume")
+        raise UserError(f"--resume: {path} holds no save of this --fsdp training; train without --resume")
     its_own = state["config"]  # a setting that is younger than the save is not in it; the weights tell whether they fit
     if changed := sorted(k for k in shape if k in its_own and its_own[k] != shape[k]):
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")

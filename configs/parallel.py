@@ -116,8 +116,6 @@ class Replicas:
                 f"--batch_size {cfg.batch_size}: expected a multiple of processes * --grad_accum = {self.count}: the batch is "
                 "the whole step's, cut into equal parts"
             )
-        if self.sharded and cfg.compile:
-            raise UserError("--fsdp with --compile is not supported: leave one of them out")
         if self.sharded and "RANK" not in os.environ:
             raise UserError("--fsdp shares a model out over processes: start it with torchrun --nproc_per_node N SCRIPT ...")
         if isinstance(cfg, LMTrainConfig) and cfg.activation_checkpointing:

@@ -40,6 +40,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams, graphs, waiting and memory counts go by the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}. Try cpu, cuda or auto") from None
     return device
@@ -311,6 +313,17 @@ def state_before(path: Path) -> Path:
     return path.with_suffix(".prev.pt")
 
 
+def state_aside(path: Path) -> Path:
+    """Where the state of a training that was here before is kept until the new one has saved: nothing resumes from it."""
+    return path.with_suffix(".old.pt")
+
+
+def set_state_aside(path: Path) -> None:
+    """Put the newest of a training's states aside, for another that begins anew in its place, and remove the one before."""
+    for state in reversed(saved_states(path)):
+        state.replace(state_aside(path))  # the newest comes last, and stays
+
+
 def saved_states(path: Path) -> list[Path]:
     """The training states to resume from, newest first: `path` and the one before it, as far as they exist."""
     return [state for state in (path, state_before(path)) if state.is_file()]
@@ -323,7 +336,11 @@ def load_state(path: Path, kind: str, log: Callable[[str], None]) -> dict[str, A
     """
     found = saved_states(path)
     if not found:
-        raise UserError(f"--resume: {path} does not exist, so nothing was saved there; train without --resume")
+        aside = state_aside(path)
+        of_before = (
+            f" ({aside} is of the training before: rename it to {path.name} to go on with that)" if aside.is_file() else ""
+        )
+        raise UserError(f"--resume: {path} does not exist, so nothing was saved there{of_before}; train without --resume")
     for state in found:
         try:
             content = load_checkpoint(state, kind)

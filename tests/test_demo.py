@@ -89,6 +89,29 @@ def test_an_interrupted_training_resumes(
     assert all("seconds" in record[name] for name in all_names)
 
 
+def test_another_training_does_not_go_on_from_the_one_before(
+    tmp_path: Path, ran: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it was ended before its first save."""
+    root = tmp_path / "run"
+    run_script(demo, "--quick", "--output", root)
+    chain = demo.stages(root, True)
+    student = next(stage for stage in chain if stage.name == "student")
+    student.command.append("--another")
+    monkeypatch.setattr(demo, "stages", lambda *_: chain)
+    fake = demo.run_stage
+
+    def ended_at_once(stage: Stage, resume: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_stage", ended_at_once)
+    assert run_script(demo, "--quick", "--output", root) == 130
+    monkeypatch.setattr(demo, "run_stage", fake)
+    ran.clear()
+    assert run_script(demo, "--quick", "--output", root) == 0
+    assert ran[0] == ("student", False)
+
+
 def test_a_damaged_record_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stages.json").write_text("")
     assert run_script(demo, "--quick", "--output", tmp_path) == 2

@@ -20,6 +20,7 @@ from conftest import ROOT, SMALL_AE, SMALL_LM, World, make_student, run_script
 from ae import train_ae
 from ae.chunks import PackedData, TrainWindows
 from configs import loop
+from configs.errors import EXIT_USER_ERROR
 from configs.loop import optimizers
 from configs.run import load_state, save_checkpoint
 from configs.schema import StudentTrainConfig
@@ -96,14 +97,28 @@ def test_a_resumed_run_has_the_weight_decay_that_it_says(world: World, tmp_path:
     assert sizes[1] < 0.95 * sizes[0]
 
 
-def test_a_new_start_keeps_the_save_of_the_run_before_until_it_has_its_own(world: World, tmp_path: Path) -> None:
+def _dies(**_: Any) -> None:
+    raise MemoryError
+
+
+def test_a_new_start_keeps_the_save_of_the_run_before_until_it_has_its_own(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And neither goes on from it, should it die before."""
     flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--max_steps", 2]
     assert run_script(train_ae, *flags) == 0
-    first = (tmp_path / "checkpoints/ae.state.pt").read_bytes()
+    folder = tmp_path / "checkpoints"
+    first = (folder / "ae.state.pt").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("configs.loop._StopSignal", _dies)
+        with pytest.raises(MemoryError):
+            run_script(train_ae, *flags, "--seed", 1)
+    assert (folder / "ae.state.old.pt").read_bytes() == first
+    capsys.readouterr()
+    assert run_script(train_ae, *flags, "--seed", 1, "--resume") == EXIT_USER_ERROR  # it would be another training's end
+    assert "ae.state.old.pt is of the training before: rename it to ae.state.pt" in capsys.readouterr().err
     assert run_script(train_ae, *flags, "--seed", 1) == 0
-    assert (tmp_path / "checkpoints/ae.state.prev.pt").read_bytes() == first
-    assert run_script(train_ae, *flags, "--seed", 1, "--resume", "--max_steps", 3) == 0
-    assert (tmp_path / "checkpoints/ae.state.prev.pt").read_bytes() != first
+    assert not (folder / "ae.state.old.pt").exists() and (folder / "ae.state.pt").read_bytes() != first
 
 
 def test_muon_has_the_matrices(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

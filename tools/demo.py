@@ -130,6 +130,9 @@ def run_chain(root: Path, chain: list[Stage]) -> int:
             record[stage.name] = {"key": key, result: round(spent + time.time() - start, 1)}
             replace_text(record_path, json.dumps(record, indent=1))
 
+        if not same and stage.state:
+            for old in saved_states(stage.state):  # of another training, which this one must not go on from
+                old.unlink()
         note("spent")  # first, so that a killed training is resumed too
         try:
             run_stage(stage, resume)
