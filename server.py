@@ -147,7 +147,7 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
 
     def state() -> tuple[str, int]:
         if batcher.closing:
-            return ("closing", 503) if batcher.ready.is_set() else ("failed", 503)
+            return ("closing", 503) if batcher.ready.is_set() and not batcher.failed else ("failed", 503)
         return ("ok", 200) if batcher.ready.is_set() else ("starting", 503)
 
     def health_answer(status: int) -> Response:
@@ -186,7 +186,7 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
         """Continue a prompt. With `stream`, server-sent events: `chunk` each latent step, then `done`, or `error`."""
         ask = service.ask(body, await service.prompts(body.prompt), body.max_new_tokens)
         if body.stream:
-            return Events(ask, generate_events(service, ask, request_id(request)))
+            return Events(ask, generate_events(service, ask, request_id(request)), 2 * cfg.timeout_s)
         await collect(request, ask)
         return json_answer({"text": ask.texts[0], "token_ids": ask.jobs[0].token_ids, **service.generated(ask)})
 
@@ -195,7 +195,7 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
         head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.name}
         if body.stream:
             head["object"] = kind.replace("chat.completion", "chat.completion.chunk")
-            return Events(ask, openai_events(service, ask, body, head, request_id(request)))
+            return Events(ask, openai_events(service, ask, body, head, request_id(request)), 2 * cfg.timeout_s)
         scores = await collect(request, ask)
 
         def answer() -> Response:
@@ -290,11 +290,11 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     cfg = settings(sys.argv[1:])
     try:
-        listener = socket.create_server((cfg.host, cfg.port))
+        listener = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {cfg.host} port {cfg.port}: {error}. Choose another --port or --host") from None
     app = start(cfg)
-    log.info("listening at http://%s:%d", cfg.host, listener.getsockname()[1])
+    log.info("listening at http://%s:%d", f"[{cfg.host}]" if ":" in cfg.host else cfg.host, listener.getsockname()[1])
     patience = math.ceil(cfg.grace_s + SLACK)  # for clients that do not read their answers
     settled = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience)
     uvicorn.Server(settled).run(sockets=[listener])

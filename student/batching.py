@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from student.fast import FastSampler
 from student.sampler import Chunk, SamplingParams
 from student.scoring import Scores, Text, padded_length, score
@@ -121,7 +123,7 @@ class Batcher:
         self._close_at: float | None = None  # when what is left is dropped
         self._running: dict[int, Job] = {}  # by slot; the thread's own
         self._row_seconds = 1.0  # that a row keeps its slot: a running mean
-        self.dropped = 0
+        self.dropped, self.failed = 0, False
         self._thread = threading.Thread(target=self._work, args=(warm_up,), name="model", daemon=True)
         self._thread.start()
 
@@ -175,12 +177,16 @@ class Batcher:
             self.drain(0)
         else:
             self.ready.set()
-        while self._wait():
-            self._drop_ended()
-            self._fill_slots()
-            if self._running:
-                self._step()
-            self._score()
+        try:
+            while self._wait():
+                self._drop_ended()
+                self._fill_slots()
+                if self._running:
+                    self._step()
+                self._score()
+        except Exception as error:  # none that a request could bring about is known
+            self._give_up(error)
+            self._wait()
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; False once all is over."""
@@ -189,11 +195,11 @@ class Batcher:
             if self._close_at is None or (self._alive and time.monotonic() < self._close_at):
                 return True
             left = list(self._alive)
-        for slot in list(self._running):
-            self._leave(slot)
         self.dropped += len(left)
         for job in left:
             self._end(job, Closing("the server shut down before this was finished"), "dropped")
+        for slot in list(self._running):
+            self._leave(slot)
         return False
 
     def _warm_up(self) -> None:
@@ -296,6 +302,14 @@ class Batcher:
         log.error("%d rows failed: %s", len(jobs), error, exc_info=error)
         for job in jobs:
             self._end(job, error, "failed")
+        if isinstance(error, torch.AcceleratorError):  # a device assert, say: nothing will run on that device any more
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Take and write no more, and say so at /health."""
+        log.critical("the server cannot go on: %s", error, exc_info=error)
+        self.failed = True
+        self.drain(0)
 
     def _end(self, job: Job, event: Event | None, outcome: str) -> None:
         with self._changed:

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1, le=LARGEST_ID), WHOLE]
 Few = Annotated[int, Field(ge=1, le=128), WHOLE]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+MANY = Field(min_length=1, fail_fast=True)  # lists: else each of a million wrong elements is an error of its own to collect
 Nothing = Annotated[float | None, Field(ge=0, le=0)]
 
 
@@ -89,10 +90,7 @@ class OpenAIRequest(Sampling):
 
 class CompletionRequest(OpenAIRequest):
     prompt: (
-        str
-        | Annotated[list[Count], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Count], Field(min_length=1)]], Field(min_length=1)]
+        str | Annotated[list[Count], MANY] | Annotated[list[str], MANY] | Annotated[list[Annotated[list[Count], MANY]], MANY]
     )
     max_tokens: Count | None = Field(16, description="0 only with echo")
     echo: bool | None = False
@@ -108,7 +106,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -116,7 +114,7 @@ class Message(Body):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], MANY]
     max_tokens: Positive | None = Field(None, description="unset: as many as there is room for")
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = False

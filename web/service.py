@@ -94,11 +94,7 @@ class Service:
         if len(prompt) > self.cfg.max_choices:
             raise Refused(400, f"{len(prompt)} prompts: at most {self.cfg.max_choices} a request", "prompt")
         lengths = [len(one) for one in prompt if isinstance(one, str)]
-        if (longest := max(lengths, default=0)) > self.context * max(1, int(self.tokenizer.byte_lengths.max())):
-            raise Refused(
-                400, f"the prompt has {longest} characters; the context of {self.context} tokens holds less", "prompt",
-                "context_length_exceeded",
-            )  # fmt: skip
+        self._hold(max(lengths, default=0), "prompt")
 
         def encoded() -> list[list[int]]:
             encode, end = self.tokenizer.encode, self.tokenizer.eot_id  # a list for each: `Ask.usage` tells prompts apart by it
@@ -109,12 +105,22 @@ class Service:
         except UserError as error:
             raise Refused(400, str(error), "prompt") from None
 
+    def _hold(self, characters: int, field: str) -> None:
+        """Raises Refused for a text that is surely too long, before it is encoded."""
+        if characters > self.context * max(1, int(self.tokenizer.byte_lengths.max())):
+            raise Refused(
+                400, f"{field}: {characters} characters; the context of {self.context} tokens holds less", field,
+                "context_length_exceeded",
+            )  # fmt: skip
+
     def encode_chat(self, body: ChatRequest) -> list[int]:
         """Ids of a chat up to where the assistant answers."""
         if not self.tokenizer.has_chat_template:
             raise Refused(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
+        chat = [message.plain() for message in body.messages]
+        self._hold(sum(len(message["content"]) for message in chat), "messages")
         try:
-            return self.tokenizer.encode_chat([message.plain() for message in body.messages], add_generation_prompt=True)
+            return self.tokenizer.encode_chat(chat, add_generation_prompt=True)
         except UserError as error:
             raise Refused(400, str(error), "messages") from None
 

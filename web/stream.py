@@ -22,15 +22,20 @@ DONE = format_sse_event(data_str="[DONE]")
 
 
 class Events(EventSourceResponse):
-    """A stream of server-sent events that gives its rows up when it ends, however it ends."""
+    """A stream of server-sent events that gives its rows up when it ends, however it ends.
 
-    def __init__(self, ask: Ask, content: AsyncIterator[bytes]) -> None:
+    patience: seconds after which it is broken off, for a client that keeps the connection and reads no more.
+    """
+
+    def __init__(self, ask: Ask, content: AsyncIterator[bytes], patience: float) -> None:
         super().__init__(content, headers=HEADERS)
-        self.ask = ask
+        self.ask, self.patience = ask, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self.patience)
+        except asyncio.TimeoutError:
+            log.info("a stream was broken off: its client had not read it after %.0f s", self.patience)
         finally:
             self.ask.cancel()
 
