@@ -173,7 +173,7 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
         if race.positions_for(prompt, new[batch], pair.student.cfg.k) > pair.student.cfg.seq_len:
             race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
             continue
-        rows += race_cell(args, pair, device, dtype, prompt, batch, new[batch], speeds)
+        rows += race_cell(args, pair, dtype, prompt, batch, new[batch], speeds)
         folder.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n", encoding="utf-8")  # later cells may fail
     result = {"rows": rows, **about}
     race.plot(rows, folder.with_suffix(".png"))
@@ -222,8 +222,7 @@ def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def race_cell(
-    args: argparse.Namespace, pair: Pair, device: torch.device, dtype: torch.dtype, prompt: int, batch: int, new: int,
-    speeds: dict[str, float],
+    args: argparse.Namespace, pair: Pair, dtype: torch.dtype, prompt: int, batch: int, new: int, speeds: dict[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size and prompt length."""
     prompts, k, vocabulary = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, vocabulary_for(args, batch)

@@ -116,14 +116,15 @@ class Replayed:
     """
 
     def __init__(self, run: Callable[[Any], Tensor], device: torch.device, state: list[Tensor]) -> None:
-        self.run, self.cuda, self.state = run, device.type == "cuda", state
+        self.run, self.device, self.state = run, device, state
         self.graphs: dict[Any, tuple[Any, Tensor]] = {}
 
     def __call__(self, constant: Any) -> Tensor:
-        if not self.cuda:
+        if self.device.type != "cuda":
             return self.run(constant)
         if constant not in self.graphs:
-            self.graphs[constant] = self._record(constant)
+            with torch.cuda.device(self.device):  # which is the current one is a thread's own affair
+                self.graphs[constant] = self._record(constant)
         graph, result = self.graphs[constant]
         graph.replay()
         return result

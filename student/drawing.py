@@ -66,13 +66,13 @@ def draw(
 def _invert(weight: Tensor, uniform: Tensor) -> Tensor:
     """The index at which the running sum of weight (B, C) first exceeds uniform (B,) times the total; never one of weight 0."""
     blocks = weight.unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1)  # (B, C / BLOCK)
-    cdf = sums.cumsum(-1)
-    target = torch.minimum(uniform[:, None] * cdf[:, -1:], cdf[:, -1:] * (1 - 2**-23))  # below the total: some sum exceeds it
+    sums = blocks.sum(-1).double()  # (B, C / BLOCK); a GPU adds in another order for each sum: in float32 some would decrease
+    cdf, below = sums.cumsum(-1), 1 - 2**-40
+    target = torch.minimum(uniform[:, None] * cdf[:, -1:], cdf[:, -1:] * below)  # below the total: some sum exceeds it
     block = (cdf <= target).sum(-1, keepdim=True)  # (B, 1)
-    inside = blocks[torch.arange(len(weight), device=weight.device), block[:, 0]].cumsum(-1)  # (B, BLOCK)
+    inside = blocks[torch.arange(len(weight), device=weight.device), block[:, 0]].double().cumsum(-1)  # (B, BLOCK)
     rest = (target - cdf.gather(1, block) + sums.gather(1, block)).clamp(min=0.0)
-    rest = torch.minimum(rest, inside[:, -1:] * (1 - 2**-23))
+    rest = torch.minimum(rest, inside[:, -1:] * below)
     return block[:, 0] * BLOCK + (inside <= rest).sum(-1)
 
 

@@ -332,7 +332,7 @@ class LocalDecoder(nn.Module):
     def step(self, g: Tensor, previous: Tensor, cache: LocalCache) -> Tensor:
         """One position, g (B, E), previous (B, n, E) -> u (B, E); the cache moves on by one."""
         x = self._enter(g, previous)[:, None]  # (B, 1, E)
-        position = torch.tensor([cache.position], device=x.device)
+        position = torch.full((1,), cache.position, device=x.device)  # made there: a copy would wait for the device
         cache.seen = torch.cat([cache.seen[:, 1:], cache.seen.new_ones(len(x), 1)], dim=1)
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, position)

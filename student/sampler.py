@@ -96,9 +96,9 @@ def pick(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
             ordered[:, params.top_k :] = 0
         ordered[ordered.cumsum(-1) - ordered >= max(SMALLEST, params.top_p) * ordered.sum(-1, keepdim=True)] = 0
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
-    cdf = probs.cumsum(-1)
+    cdf = probs.double().cumsum(-1)  # a GPU adds in another order for each sum: in float32 some would decrease
     total = cdf[:, -1:]
-    target = torch.minimum(uniform[:, None] * total, total * (1 - 2**-23))  # below the total, so that some entry exceeds it
+    target = torch.minimum(uniform[:, None] * total, total * (1 - 2**-40))  # below the total, so that some entry exceeds it
     return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
