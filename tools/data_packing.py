@@ -426,8 +426,12 @@ def main() -> None:
     add_corpus_arguments(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="packed data to write")
     parser.add_argument("--tokenizer", help=f"folder, tokenizer.json or hub name [{DEFAULT_TOKENIZER}]")
-    parser.add_argument("--seq_len", type=int, default=4096, help="noted in meta.json; windows are the trainers' to choose [%(default)s]")
-    parser.add_argument("--k", type=int, default=8, help="noted in meta.json; chunks are the autoencoder's to choose [%(default)s]")
+    parser.add_argument(
+        "--seq_len", type=int, default=4096, help="noted in meta.json; windows are the trainers' to choose [%(default)s]"
+    )
+    parser.add_argument(
+        "--k", type=int, default=8, help="noted in meta.json; chunks are the autoencoder's to choose [%(default)s]"
+    )
     parser.add_argument("--val_split", type=float, default=0.05, help="share of documents for validation [%(default)s]")
     args = parser.parse_args()
     if args.k < 1 or args.seq_len < 1 or args.seq_len % args.k:
