@@ -46,6 +46,7 @@ TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
 COSTS_ONE_PROMPT = {400, 413, 415, 422}
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 GET_ATTEMPTS = 3
+LARGEST_NUMBER = 1e9  # of tokens in an answer, or of dollars: more is a mistake, and sums would overflow a store's integers
 STEPS_DOWN = (20, 10, 5, 1)  # top_logprobs to try
 ADVICE = {
     401: "check VENICE_API_KEY",
@@ -129,7 +130,10 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A count or a price as a server tells it; None for what cannot be one: NaN, less than nothing, no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 <= value <= LARGEST_NUMBER else None
 
 
 def same_model(asked: str, told: str) -> bool:

@@ -36,7 +36,8 @@ SCHEMA = """CREATE TABLE answers (
     created REAL NOT NULL)"""
 LOST = "CREATE TABLE lost (id BLOB PRIMARY KEY, cost REAL NOT NULL, created REAL NOT NULL)"  # made by the first such row
 COLUMNS = "key, model, template, request, prompt_ids, answer, prompt_tokens, completion_tokens, cost, created"
-INSERT = f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({', '.join('?' * (COLUMNS.count(',') + 1))})"
+VALUES = ", ".join("?" * (COLUMNS.count(",") + 1))
+INSERT = f"INSERT INTO answers ({COLUMNS}) VALUES ({VALUES}) ON CONFLICT(key) DO NOTHING"  # OR IGNORE would drop a NULL, too
 
 
 def canonical(body: Mapping[str, Any]) -> bytes:
@@ -160,9 +161,11 @@ class Store:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """SQLite's errors as one line that says what to do."""
+        """SQLite's errors as one line that says what to do; all but a missing value's, which is the caller's."""
         try:
             yield
+        except sqlite3.IntegrityError:  # a NaN is a NULL to SQLite
+            raise
         except sqlite3.OperationalError as error:
             raise UserError(
                 f"teacher store {self.path}: {error}. What was stored before is intact; look for a full disk, a folder that "
@@ -232,7 +235,7 @@ class Store:
 
     def _add_lost(self, rows: Sequence[tuple[Any, ...]]) -> None:
         self._db.execute(LOST.replace("TABLE", "TABLE IF NOT EXISTS"))
-        self._db.executemany("INSERT OR IGNORE INTO lost VALUES (?, ?, ?)", rows)
+        self._db.executemany("INSERT INTO lost VALUES (?, ?, ?) ON CONFLICT(id) DO NOTHING", rows)
 
     def tokens_of(self, key: bytes) -> int | None:
         """The completion tokens of the answer with this key; None where there is none."""

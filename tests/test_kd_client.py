@@ -19,6 +19,7 @@ from configs.errors import UserError
 from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient, request_tokens, same_model
 from kd.limits import Gate, Patience, reset_s, retry_after_s
 from kd.settings import Settings
+from kd.store import Store
 
 KEY = "sk-a-very-secret-key-0123456789"
 VENICE = Settings("https://api.venice.ai/api/v1", "teacher", KEY)
@@ -67,6 +68,27 @@ def test_an_answer() -> None:
     assert seen[0].headers["authorization"] == f"Bearer {KEY}"
     call(handler, lambda client: client.ask({"prompt": [1, 2], "max_tokens": 5}))
     assert seen[1].url.path == "/v1/completions"
+
+
+@pytest.mark.parametrize("figure", ["-1", "NaN", "Infinity", "-1e400", "1e30", "1" + 400 * "0", "true", '"3"', "null"])
+def test_figures_that_cannot_be_are_replaced_by_our_own(tmp_path: Path, figure: str) -> None:
+    """The answer is paid for: it is kept, its cost is what the listed price says, and the store can be read."""
+    odd = {**good(), "usage": {"prompt_tokens": "?", "completion_tokens": "?"}, "cost": {"usd": "?"}}
+    raw = json.dumps(odd).replace('"?"', figure)
+
+    async def run(client: TeacherClient) -> tuple[Answer, float]:
+        await client.models()
+        return await client.ask(BODY), client.spent
+
+    answer, spent = call(
+        lambda request: httpx.Response(200, json=PRICED) if request.method == "GET" else httpx.Response(200, content=raw), run
+    )
+    price = (14 * 10 + 3 * 1000) / 1e6  # 40 bytes of prompt and a template, 11 bytes of text
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.cost, spent) == (14, 3, price, price)
+    with Store(tmp_path / "t.sqlite") as store:
+        figures = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens, "cost": answer.cost}
+        assert store.put(BODY, answer.raw, model="teacher", template=1, **figures)  # type: ignore[arg-type]
+        assert len(list(store)) == 1 and store.totals().cost == price
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])

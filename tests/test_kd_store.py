@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import sqlite3
 import threading
@@ -49,6 +50,16 @@ def test_an_answer_comes_back_as_it_was(tmp_path: Path) -> None:
         assert (row.model, row.template, row.request, row.prompt_ids) == ("m", 1, BODY, [1, 1])
         assert row.answer["text"] == "\u732b" and row.created > 1e9
         assert store.totals() == Totals(1, 2, 3, 0.5) and len(store) == 1
+
+
+def test_a_cost_that_is_no_number_is_an_error_not_a_lost_answer(tmp_path: Path) -> None:
+    """A NaN is a NULL to SQLite, which must not pass for an answer that was there already."""
+    with Store(tmp_path / "t.sqlite") as store:
+        with pytest.raises(sqlite3.IntegrityError, match=r"NOT NULL constraint failed: answers\.cost"):
+            store.put(BODY, b"{}", model="m", template=1, cost=math.nan)
+        with pytest.raises(sqlite3.IntegrityError, match=r"NOT NULL constraint failed: lost\.cost"):
+            store.lose(math.nan)
+        assert put(store, 1) and store.totals() == Totals(1, 2, 3, 0.5)
 
 
 def test_keys_do_not_depend_on_order() -> None:
