@@ -190,7 +190,12 @@ class Harvest:
         if isinstance(outcome, Dropped):
             summary.dropped[outcome.reason] += 1
         else:
-            self._note(await asyncio.to_thread(self._commit, job, outcome))
+            commit = asyncio.ensure_future(asyncio.to_thread(self._commit, job, outcome))
+            try:
+                self._note(await asyncio.shield(commit))
+            except asyncio.CancelledError:
+                await asyncio.wait([commit])  # it is paid for; cancelled, one that waits for a thread would never start
+                raise
             summary.answers += 1
             self._count(self._taught(outcome))
         self.bar.set_postfix_str(
@@ -255,21 +260,28 @@ class Harvest:
 
 
 async def _harvest(harvest: Harvest) -> None:
-    """Run it; the first Ctrl-C or SIGTERM lets what is in flight (and paid for) come in, the second one ends at once."""
-    loop = asyncio.get_running_loop()
+    """Run it; the first Ctrl-C or SIGTERM lets what is in flight (and paid for) come in, the second one gives that up.
+
+    What is given up is part of the store's cost even so: the task is cancelled, the process is not ended.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    interrupted = Interrupted("interrupted; the same command goes on")
+    assert task is not None
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def finish() -> None:
         for number in signals:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, task.cancel)
         harvest.log("finishing the requests that are in flight; once more to drop them")
-        harvest.client.stop(Interrupted("interrupted; the same command goes on"))
+        harvest.client.stop(interrupted)
 
     for number in signals:
         loop.add_signal_handler(number, finish)
     try:
         async with harvest.client:
             await harvest.run()
+    except asyncio.CancelledError:
+        raise interrupted from None
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import multiprocessing
@@ -10,10 +11,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,11 @@ from ae.chunks import PackedData
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd import harvest as harvest_script
-from kd.harvest import HarvestConfig, Summary, harvest
+from kd.harvest import Harvest, HarvestConfig, Summary, harvest
 from kd.kd_batcher import KDShard, pack_answers
-from kd.kd_client import Stopped
+from kd.kd_client import Answer, Stopped, TeacherClient
 from kd.limits import Patience
-from kd.prompts import request_of
+from kd.prompts import Prompts, request_of
 from kd.records import Misaligned, TokenTable, parse_answer
 from kd.settings import Settings
 from kd.store import Store
@@ -140,36 +143,78 @@ def test_kill_9_twenty_times(tmp_path: Path) -> None:
     assert len(server.log) - len(committed) <= 20 * (8 + 1)  # what was in flight when a run was killed, at most, is lost
 
 
+def start_harvest(tmp_path: Path, server: FaultyServer, *flags: Any) -> subprocess.Popen[str]:
+    """As a program, with 500 prompts and the store t.sqlite."""
+    prompts = write_prompts(tmp_path / "p.jsonl", 500)
+    flags = ("--prompts", prompts, "--store", tmp_path / "t.sqlite", "--mode", "chat", "--base_url", server.url, *flags)
+    environment = {**os.environ, "VENICE_API_KEY": KEY, "VENICE_MODEL": "teacher", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kd.harvest", *map(str, flags)]
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(server: FaultyServer, requests: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(server.log) < requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_interrupt_keeps_what_is_in_flight(tmp_path: Path) -> None:
     """The first Ctrl-C sends nothing more and commits every answer that is on its way."""
-    prompts = write_prompts(tmp_path / "p.jsonl", 500)
     with FaultyServer(latency_s=0.2) as server:
-        flags = [
-            "--prompts",
-            prompts,
-            "--store",
-            tmp_path / "t.sqlite",
-            "--mode",
-            "chat",
-            "--base_url",
-            server.url,
-            "--model",
-            "teacher",
-        ]
-        environment = {**os.environ, "VENICE_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "kd.harvest", *map(str, flags)]
-        child = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        deadline = time.monotonic() + 20
-        while len(server.log) < 12 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        child = start_harvest(tmp_path, server)
+        wait_for(server, 12)
         child.send_signal(signal.SIGINT)
         out, error = child.communicate(timeout=20)
     assert child.returncode == 130 and "finishing the requests that are in flight" in error and "Traceback" not in error
     with Store(tmp_path / "t.sqlite") as store:
         assert len(store) == len(server.log) >= 12
     assert KEY not in out + error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_counts_what_it_gives_up(tmp_path: Path, number: signal.Signals) -> None:
+    """What is in flight may be charged for: it is part of the store's cost when the process ends, at once."""
+    price = {"input": {"usd": 0}, "output": {"usd": 1000}}  # an answer of 3 tokens: $0.003; a request of 100: $0.1
+    with FaultyServer(lambda n, prompt: "hung" if n else "good") as server:
+        server.models = [{"id": "teacher", "model_spec": {"pricing": price}}]
+        child = start_harvest(tmp_path, server, "--budget_usd", 1, "--max_new_tokens", 100, "--concurrency", 4)
+        assert child.stderr is not None
+        wait_for(server, 5)
+        child.send_signal(number)
+        for line in child.stderr:
+            if "once more to drop them" in line:
+                break
+        child.send_signal(number)
+        error = child.stderr.read()
+        assert child.wait(timeout=20) == 130 and "Traceback" not in error and "spent in all: $0.4030" in error
+        assert server.in_flight == 4  # none of them was waited for
+    with Store(tmp_path / "t.sqlite", must_exist=True) as store:
+        assert store.totals().answers == 1 and store.totals().cost == pytest.approx(0.003 + 4 * 0.1)
+
+
+def test_a_second_interrupt_leaves_no_paid_answer_behind(tmp_path: Path) -> None:
+    """One that came in, and waits for a thread to be committed in."""
+
+    async def main(store: Store) -> None:
+        cfg = config(tmp_path, 1)
+        settings, loop, busy = Settings("http://127.0.0.1:1/v1", "teacher"), asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        occupied = loop.run_in_executor(None, busy.wait)
+        async with TeacherClient(settings) as client:
+            work = Harvest(cfg, client, store, Prompts(cfg, settings, None), log=lambda line: None)
+            (job,) = work.prompts
+            handling = asyncio.create_task(work._handle(job, Answer(b"{}", {}, 1, 1, 0.5, 0.0)))
+            await asyncio.sleep(0.05)
+            handling.cancel()
+            await asyncio.sleep(0.05)
+            busy.set()
+            await occupied
+            with pytest.raises(asyncio.CancelledError):
+                await handling
+
+    with Store(tmp_path / "t.sqlite") as store:
+        asyncio.run(main(store))
+        assert len(store) == 1 and store.totals().cost == 0.5
 
 
 def test_the_key_shows_up_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
