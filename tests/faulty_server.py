@@ -89,8 +89,8 @@ def odd(kind: str) -> dict[str, Any]:
 class FaultyServer:
     """Use it in `with`. `behave(n, prompt)` names what request number n gets; `log` holds (prompt, name, seconds) of each.
 
-    Names: "good", a status ("500", "429 after", ...), "slow", "hung", "reset", "truncated", "shape", "swapped", "echo key",
-    "odd KIND".
+    Names: "good", a status ("500", "429 after", ...), "slow" (0.1 s), "hung" (8 s), "drip" (a byte now and then, for 4 s),
+    "reset", "truncated", "shape", "swapped", "echo key", "odd KIND".
     """
 
     def __init__(self, behave: Callable[[int, str], str] = lambda n, prompt: "good", latency_s: float = 0.0) -> None:
@@ -158,7 +158,7 @@ class FaultyServer:
         kind, _, detail = what.partition(" ")
         key = fields.get("authorization", "")
         if self.latency_s or kind in ("slow", "hung"):
-            await asyncio.sleep({"slow": 0.1, "hung": 4.0}.get(kind, self.latency_s))
+            await asyncio.sleep({"slow": 0.1, "hung": 8.0}.get(kind, self.latency_s))
         if kind.isdigit():
             more = {"Retry-After": "0.05"} if detail == "after" else {}
             self._send(writer, int(kind), {"error": {"message": f"{what} for {key}"}}, more)
@@ -173,11 +173,19 @@ class FaultyServer:
         raw = json.dumps(answer).encode()
         if what == "truncated":
             raw = raw[: len(raw) // 2]
-        if what == "reset":
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n" + raw[:100])
-            await writer.drain()
-            writer.transport.abort()
-            return False
+        if what in ("reset", "drip"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw))
+            if what == "reset":
+                writer.write(raw[:100])
+                await writer.drain()
+                writer.transport.abort()
+                return False
+            for i in range(40):
+                writer.write(raw[i : i + 1])
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            writer.write(raw[40:])
+            return True
         self._send(writer, 200, raw)
         return True
 

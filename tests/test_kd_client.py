@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -164,9 +166,30 @@ def test_another_model_stops() -> None:
 
 
 def test_retry_after_holds_everything_back() -> None:
-    start = time.monotonic()
-    ask(replies(httpx.Response(429, headers={"Retry-After": "0.3"}), httpx.Response(200, json=good())))
-    assert 0.3 <= time.monotonic() - start < 3.0
+    """The other worker's request, too, which was refused nothing."""
+    sent: list[float] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sent.append(time.monotonic())
+        return httpx.Response(429, headers={"Retry-After": "0.3"}) if len(sent) == 1 else httpx.Response(200, json=good())
+
+    async def two(client: TeacherClient) -> None:
+        refused = asyncio.create_task(client.ask(BODY))
+        while not client.errors:
+            await asyncio.sleep(0)
+        await client.ask(BODY)
+        await refused
+
+    call(handler, two)
+    assert len(sent) == 3 and sent[1] - sent[0] >= 0.3
+
+
+def test_an_answers_headers_correct_the_limits() -> None:
+    async def run(client: TeacherClient) -> float:
+        await client.ask(BODY)
+        return client.gate.rpm
+
+    assert call(replies(httpx.Response(200, json=good(), headers={"x-ratelimit-limit-requests": "50"})), run) == 50
 
 
 def test_a_long_retry_after_ends_the_run() -> None:
@@ -174,38 +197,42 @@ def test_a_long_retry_after_ends_the_run() -> None:
         ask(replies(httpx.Response(429, headers={"Retry-After": "9000"})))
 
 
-def test_reset_headers() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still, for the limits."""
+    clock = SimpleNamespace(monotonic=lambda: 1000.0, time=lambda: 1.75e9)
+    monkeypatch.setattr("kd.limits.time", clock)
+    return clock
+
+
+def test_reset_headers(clock: SimpleNamespace) -> None:
     assert reset_s("12") == 12 and reset_s("6m0s") == 360 and reset_s("20ms") == pytest.approx(0.02) and reset_s("soon") == 0
-    assert reset_s(str(time.time() + 30)) == pytest.approx(30, abs=1) and reset_s(
-        str(time.time() * 1000 + 30_000)
-    ) == pytest.approx(30, abs=1)
-    assert (
-        retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-        and retry_after_s("2.5") == 2.5
-        and retry_after_s("x") == retry_after_s(None) == 0
-    )
+    assert reset_s(str(clock.time() + 30)) == reset_s(str(clock.time() * 1000 + 30_000)) == 30
+    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and retry_after_s("2.5") == 2.5
+    assert retry_after_s("x") == retry_after_s(None) == 0
     gate = Gate(None, None, QUICK)
-    gate.note(
-        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": str(time.time() + 5)}
-    )  # Venice: a timestamp
-    assert gate.wait_s() == pytest.approx(5, abs=0.5)
+    gate.note({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": str(clock.time() + 5)})  # as on Venice
+    assert gate.wait_s() == 5
     gate.note({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "9"})  # Venice: seconds
-    assert gate.wait_s() == pytest.approx(9, abs=0.5)
+    assert gate.wait_s() == 9
     gate.note({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "999999"})
-    assert gate.wait_s() < 301
+    assert gate.wait_s() == 300
 
 
-def test_limits_space_requests_and_follow_headers() -> None:
+def test_limits_follow_headers(clock: SimpleNamespace) -> None:
     gate = Gate(600, 60_000, QUICK)
     gate.take(1000)
-    assert gate.wait_s() == pytest.approx(1.0, abs=0.05)  # 1000 tokens at 1000 a second
+    assert gate.wait_s() == pytest.approx(1.0)  # 1000 tokens at 1000 a second
     gate.correct(900)
-    assert gate.wait_s() == pytest.approx(0.1, abs=0.05)  # one request at 10 a second
+    assert gate.wait_s() == pytest.approx(0.1)  # one request at 10 a second
     gate.note({"x-ratelimit-limit-requests": "60", "x-ratelimit-limit-tokens": "90000"})
     assert (gate.rpm, gate.tpm) == (60, 60_000)
     for unlimited in ("-1", "0", "nan", "none"):
         gate.note({"x-ratelimit-limit-requests": unlimited, "x-ratelimit-limit-tokens": unlimited})
     assert (gate.rpm, gate.tpm) == (60, 60_000)
+
+
+def test_limits_space_requests() -> None:
     start = time.monotonic()
 
     async def three(client: TeacherClient) -> None:
@@ -471,8 +498,8 @@ def test_an_answer_that_repeats_the_key_is_not_kept(field: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- on real sockets
-async def _requests_a_second(url: str, n: int, bare: bool, at_once: int = 64) -> float:
-    """Of a bare httpx loop that reads its answers, or of our client."""
+async def _cpu_seconds(url: str, n: int, bare: bool, at_once: int = 64) -> float:
+    """Of this process, for n requests of a bare httpx loop that reads its answers, or of our client."""
     limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
     async with httpx.AsyncClient(limits=limits) as http, TeacherClient(Settings(url, "teacher"), concurrency=at_once) as client:
         work = iter(range(n))
@@ -482,20 +509,23 @@ async def _requests_a_second(url: str, n: int, bare: bool, at_once: int = 64) ->
                 response = await http.post(f"{url}/chat/completions", json={**BODY, "seed": i})
                 assert response.status_code == 200 and response.json()["choices"]
 
-        start = time.monotonic()
+        start = time.process_time()
         if bare:
             await asyncio.gather(*(loop() for _ in range(at_once)))
         else:
             await client.run(((i, {**BODY, "seed": i}) for i in work), _ignore)
-        return n / (time.monotonic() - start)
+        return time.process_time() - start
 
 
 def test_overhead(instant_server: str) -> None:
-    """At 64 at once the client reaches most of a bare loop's rate (0.9 where it was measured; the bound here is loose)."""
-    asyncio.run(_requests_a_second(instant_server, 64, bare=True))
-    rates = {bare: max(asyncio.run(_requests_a_second(instant_server, 128, bare)) for _ in range(2)) for bare in (True, False)}
-    print(f"bare {rates[True]:.0f}/s, client {rates[False]:.0f}/s, ratio {rates[False] / rates[True]:.2f}")
-    assert rates[False] > 0.5 * rates[True]
+    """At 64 at once the client takes little more of the processor than a bare loop (1.1 times where it was measured)."""
+    asyncio.run(_cpu_seconds(instant_server, 64, bare=True))
+    seconds: dict[bool, float] = {True: math.inf, False: math.inf}
+    for _ in range(3):  # in turns, the least of each: other programs get into the way of one turn or another
+        for bare in seconds:
+            seconds[bare] = min(seconds[bare], asyncio.run(_cpu_seconds(instant_server, 128, bare)))
+    print(f"bare {seconds[True]:.3f} s, client {seconds[False]:.3f} s, ratio {seconds[False] / seconds[True]:.2f}")
+    assert seconds[False] < 1.5 * seconds[True]
 
 
 def _resident_mb() -> float:
@@ -504,9 +534,9 @@ def _resident_mb() -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_flat(instant_server: str) -> None:
-    asyncio.run(_requests_a_second(instant_server, 300, bare=False, at_once=8))
+    asyncio.run(_cpu_seconds(instant_server, 300, bare=False, at_once=8))
     before = _resident_mb()
-    asyncio.run(_requests_a_second(instant_server, 1000, bare=False, at_once=8))
+    asyncio.run(_cpu_seconds(instant_server, 1000, bare=False, at_once=8))
     assert _resident_mb() - before < 10
 
 
@@ -529,3 +559,16 @@ def test_reset_in_the_middle_of_a_body_on_a_real_socket() -> None:
                 return await client.ask(BODY)
 
         assert asyncio.run(run()).completion_tokens == 3 and len(server.log) == 3
+
+
+def test_a_body_that_drips_is_given_up_in_time() -> None:
+    """Something comes before each read times out, so only the limit on the whole answer ends it."""
+    with FaultyServer(lambda n, prompt: "good" if n else "drip") as server:
+
+        async def run() -> int:
+            patience = Patience(timeout_s=1.0, backoff_s=0.001)
+            async with TeacherClient(Settings(server.url, "teacher"), patience=patience) as client:
+                await client.ask(BODY)
+                return client.errors["timeout"]
+
+        assert asyncio.run(run()) >= 1 and server.asked("good")

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,12 @@ def quiet(cfg: HarvestConfig, url: str, patience: Patience = QUICK) -> Summary:
     return harvest(cfg, Settings(url, "teacher", KEY), patience, log=lambda line: None)
 
 
-def until_used_up(cfg: HarvestConfig, url: str, stops: int = 9) -> list[str]:
+def until_used_up(cfg: HarvestConfig, url: str, patience: Patience = QUICK, stops: int = 9) -> list[str]:
     """Run the same command again and again, as a user would, until all prompts are used; what stopped the runs before."""
     reasons: list[str] = []
     while len(reasons) <= stops:
         try:
-            quiet(cfg, url)
+            quiet(cfg, url, patience)
         except UserError as error:
             if "used up at" in str(error) and "budget" not in str(error):
                 return reasons
@@ -87,8 +88,9 @@ def test_two_thousand_requests_against_a_server_that_fails_in_every_way(tmp_path
         kind = int(prompt.split()[1])
         return ODD[kind // 10 % len(ODD)] if kind % 10 == 7 else "good"
 
+    patience = replace(QUICK, timeout_s=5.0)  # a good answer that took longer would be asked for, and delivered, again
     with FaultyServer(behave) as server:
-        reasons = until_used_up(config(tmp_path, n, concurrency=16), server.url)
+        reasons = until_used_up(config(tmp_path, n, concurrency=16), server.url, patience)
     assert len(reasons) == 2 and "another-teacher" in reasons[0] and "HTTP 402" in reasons[1]
     delivered = Counter(prompt for prompt, what, _ in server.log if what in ("good", "slow", *ODD))
     answerable = {f"prompt {i}" for i in range(n)} - bad.keys()
