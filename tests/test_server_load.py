@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,9 +27,11 @@ from served import Served, listening, serve, wait_for
 import server
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
-from student.batching import Busy, Closing, Event, Expired, Finished, Job
+from student.batching import Batcher, Busy, Closing, Event, Expired, Finished, Job
 from student.sampler import SamplingParams
+from student.scoring import Text, padded_length, score
 from tools import load_test
+from web.service import Service
 
 ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(max_new_tokens=200, ignore_eot=True)
@@ -126,26 +129,28 @@ def test_a_row_whose_prompt_is_being_read_waits(served: Served, monkeypatch: pyt
 
 
 def test_cancelling_frees_the_slot_within_a_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = 0
-    step = served.batcher.sampler.step
+    steps, joined_after = 0, []
+    step, add = served.batcher.sampler.step, served.batcher.sampler.add
 
     def counted() -> Any:
         nonlocal steps
         steps += 1
-        time.sleep(0.01)
+        if steps == 3:
+            crowd[0].job.cancel()
         return step()
 
+    def joining(*args: Any) -> Any:
+        joined_after.append(steps)
+        return add(*args)
+
     monkeypatch.setattr(served.batcher.sampler, "step", counted)
+    monkeypatch.setattr(served.batcher.sampler, "add", joining)
     crowd = [Asked([5, 6]) for _ in range(5)]
     served.batcher.submit([one.job for one in crowd])
-    wait_for(lambda: len(crowd[0].events) >= 2)
-    before = steps
-    crowd[0].job.cancel()
-    wait_for(lambda: crowd[4].job.joined)  # the one that waited has the slot
-    assert steps - before <= 2  # the step that was running, and at most one that we missed
-    told = len(crowd[0].events)
-    assert isinstance(crowd[1].wait(), Finished)
-    assert len(crowd[0].events) == told
+    for one in crowd[1:]:
+        assert isinstance(one.wait(), Finished)
+    assert joined_after == [0, 0, 0, 0, 3]  # the one that waited has the slot in the very next step
+    assert len(crowd[0].events) == 2
 
 
 def test_deadlines(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +161,104 @@ def test_deadlines(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(lambda: served.batcher.sampler.free == 4)
 
 
-def test_a_failing_step_fails_its_rows_and_no_others(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Any:
-        raise RuntimeError("out of memory")
+def broken(*_: Any) -> Any:
+    raise RuntimeError("out of memory")
 
+
+@pytest.mark.parametrize("what", ["step", "add", "score"])
+def test_what_fails_fails_its_rows_and_no_others(served: Served, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(served.batcher.sampler, "step", broken)
-        served.batcher.submit([(one := Asked([5])).job])
-        assert isinstance(one.wait(), RuntimeError)
-    served.batcher.submit([(one := Asked([5])).job])
+        if what == "score":
+            patch.setattr("student.batching.score", broken)
+        else:
+            patch.setattr(served.batcher.sampler, what, broken)
+        crowd = [Asked([5], SamplingParams(3), top=1), Asked([6], SamplingParams(3))]
+        served.batcher.submit([one.job for one in crowd])
+        assert isinstance(crowd[0].wait(), RuntimeError)
+        assert isinstance(crowd[1].wait(), Finished if what == "score" else RuntimeError)
+    wait_for(lambda: (served.batcher.sampler.free, served.batcher.running, served.batcher.waiting) == (4, 0, 0))
+    served.batcher.submit([(one := Asked([5], top=1)).job])
     assert isinstance(one.wait(), Finished)
+    assert not served.batcher.failed and not served.batcher.closing
+
+
+@pytest.mark.parametrize("what", ["step", "add", "score"])
+def test_a_failure_over_http(served: Served, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    body = {"prompt": "x", "max_tokens": 3, "logprobs": 1}
+    with TestClient(served.app) as client:
+        with monkeypatch.context() as patch:
+            if what == "score":
+                patch.setattr("student.batching.score", broken)
+            else:
+                patch.setattr(served.batcher.sampler, what, broken)
+            whole = client.post("/v1/completions", json=body)
+            streamed = client.post("/v1/completions", json={**body, "stream": True})
+        assert (whole.status_code, whole.json()["error"]["code"]) == (500, "inference_failed")
+        assert "out of memory" not in whole.text + streamed.text  # that is for the log
+        assert "event: error" in streamed.text and '"inference_failed"' in streamed.text and "[DONE]" not in streamed.text
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert 'latentforge_rows_total{outcome="failed"} 2.0' in client.get("/metrics").text
+
+
+def test_scoring_takes_no_more_than_fits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass holds texts whose longest, times their number, is within the bound; one that is longer goes alone."""
+    passes: list[list[int]] = []
+
+    def watched(model: Any, texts: list[Text]) -> Any:
+        passes.append([padded_length(text, 4) for text in texts])
+        return score(model, texts)
+
+    monkeypatch.setattr("student.batching.score", watched)
+    monkeypatch.setattr("student.batching.SCORE_TOKENS", 64)
+    lengths = [16, 16, 20, 100, 4, 32, 32, 7]
+    crowd = [Asked([5] * n, None, top=1, score_prompt=True) for n in lengths]
+    served.batcher.submit([one.job for one in crowd])
+    for one, n in zip(crowd, lengths, strict=True):
+        assert isinstance(end := one.wait(), Finished) and end.scores is not None and len(end.scores.logprobs) == n
+    assert passes == [[16, 16, 20], [100], [4, 32], [32, 8]]
+
+
+def test_prompts_read_together(tokenizer: TokenizerAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several a pass: greedily each row is what it is alone."""
+    it, together = serve(tokenizer, prefill_rows=4), []
+    add = it.batcher.sampler.add
+    monkeypatch.setattr(it.batcher.sampler, "add", lambda prompts, *rest: together.append(len(prompts)) or add(prompts, *rest))
+    params, prompts = SamplingParams(20, temperature=0, ignore_eot=True), [[5 + i] * (1 + 5 * i) for i in range(4)]
+    rows = []
+    for jobs in ([[one] for one in prompts], [prompts]):
+        for batch in jobs:
+            rows += (crowd := [Asked(prompt, params) for prompt in batch])
+            it.batcher.submit([one.job for one in crowd])
+            assert all(isinstance(one.wait(), Finished) for one in crowd)
+    assert together == [1, 1, 1, 1, 4]
+    assert [one.job.token_ids for one in rows[:4]] == [one.job.token_ids for one in rows[4:]]
+    it.close()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_step_is_compiled_before_anything_is_taken(served: Served, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def warm_up() -> None:
+        begun.set()
+        assert go.wait(20)
+        if not works:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(served.batcher.sampler, "warm_up", warm_up)
+    batcher = Batcher(served.batcher.sampler, served.model, warm_up=True)
+    app = server.make_app(Service(batcher, served.service.cfg, "tiny"), served.metrics)
+    with TestClient(app) as client:
+        assert begun.wait(20) and not batcher.ready.is_set()
+        assert (client.get("/ready").status_code, client.get("/health").json()["status"]) == (503, "starting")
+        go.set()
+        wait_for(lambda: batcher.ready.is_set() or batcher.closing)
+        assert (batcher.ready.is_set(), batcher.closing) == (works, not works)
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"]) == ((200, "ok") if works else (503, "failed"))
+        assert client.get("/ready").status_code == (200 if works else 503)
+        answer = client.post("/generate", json={"prompt": "x", "max_new_tokens": 4})
+        assert answer.status_code == (200 if works else 503)
 
 
 def test_draining_finishes_what_is_there(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,9 +353,7 @@ def test_a_client_that_leaves_frees_its_place(
                     next(answer.iter_lines())
                     raise httpx.ReadTimeout("enough")
             client.post("/generate", json=body, timeout=0.3)
-        start = time.monotonic()
-        wait_for(lambda: not it.batcher.running)
-        assert time.monotonic() - start < 1
+        wait_for(lambda: 'latentforge_rows_total{outcome="cancelled"} 1.0' in client.get("/metrics").text)
         assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
 
 
@@ -296,6 +387,34 @@ def test_what_clients_are_told(tokenizer: TokenizerAdapter, monkeypatch: pytest.
 
     with listening(it.app) as url:
         asyncio.run(run(url))
+
+
+def test_a_body_that_does_not_come(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.guard.BODY_SECONDS", 0.2)
+    with (
+        listening(served.app) as url,
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as client,
+    ):
+        client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        assert client.recv(1000).split(b"\r\n")[0].split()[1] == b"408"
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_stream_says_that_it_is_alive(served: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Between slow steps, and without losing any of the text."""
+    body = {"prompt": "x", "max_new_tokens" if path == "/generate" else "max_tokens": 16, "seed": 1}
+    with TestClient(served.app) as client:
+        whole = client.post(path, json=body).json()
+        slow(served, monkeypatch, 0.1)
+        monkeypatch.setattr("web.service.IDLE_SECONDS", 0.01)
+        blocks = client.post(path, json={**body, "stream": True}).text.strip().split("\n\n")
+    assert sum(block.startswith(":") for block in blocks) >= 4
+    parts = [json.loads(block.split("data: ", 1)[1]) for block in blocks if "data: {" in block]
+    if path == "/generate":
+        assert "".join(part.get("text", "") for part in parts) == whole["text"]
+    else:
+        assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
 
 
 def test_nothing_is_taken_while_the_step_is_compiled(tokenizer: TokenizerAdapter) -> None:
@@ -361,14 +480,16 @@ def start(world: World, *command: str, **environment: str) -> subprocess.Popen[s
 
 def test_the_program(world: World) -> None:
     """Started as a person would, and stopped by a signal while it writes: the stream comes to its end."""
-    with start(world, "server.py", "--port", "0", "--timeout_s", "60") as process:
+    with start(world, "server.py", "--port", "0", "--timeout_s", "60", **{server.KEY: "secret"}) as process:
         assert process.stderr is not None
         try:
             url = next(line for line in process.stderr if "listening at" in line).split("listening at ")[1].strip()
             with httpx.Client(base_url=url, timeout=30) as client:
                 wait_for(lambda: client.get("/health").status_code == 200)
                 body = {"prompt": "import", "max_new_tokens": 24, "stream": True}
-                with client.stream("POST", "/generate", json=body) as answer:
+                assert client.post("/generate", json=body).status_code == 401
+                with client.stream("POST", "/generate", json=body, headers={"Authorization": "Bearer secret"}) as answer:
+                    assert answer.status_code == 200
                     lines = answer.iter_lines()
                     next(lines)
                     process.send_signal(signal.SIGTERM)
