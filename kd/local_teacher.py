@@ -1,6 +1,6 @@
 """An OpenAI-like server over any transformers causal language model (folder or hub name), with logprobs.
 
-    python kd/local_teacher.py --model ../shared/teachers/stories260k --port 8001
+    python kd/local_teacher.py --model Qwen/Qwen3-0.6B --port 8001
 
 Paths: GET /health, GET /v1/models, POST /v1/completions, POST /v1/chat/completions (with the tokenizer's chat template).
 
