@@ -4,7 +4,7 @@
 
 Every life is a fork of this process, which has imported everything and computes nothing: starting Python and torch anew
 would take seconds. Each model is trained undisturbed into FOLDER/NAME/whole, then through KILLS deaths into
-FOLDER/NAME/killed. Prints, as JSON, what the kills hit.
+FOLDER/NAME/killed. Prints, as JSON, what the kills hit, and the seed that they were drawn with (SEED=... draws them again).
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ def torture(name: str, world: World, folder: Path, kills: int, steps: int) -> di
 
 def main() -> None:
     root, folder, kills, steps = sys.argv[1:]
-    random.seed()
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1 << 32)))
+    print("kills drawn with SEED", seed, file=sys.stderr)
+    random.seed(seed)
     hits = {name: torture(name, World(Path(root)), Path(folder) / name, int(kills), int(steps)) for name in SCRIPTS}
-    print(json.dumps(hits))
+    print(json.dumps({name: {**hit, "seed": seed} for name, hit in hits.items()}))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_bench(world: World, tmp_path: Path) -> None:
     assert result["token_model"]["backbone_steps"] == 10 and result["student"]["backbone_steps"] == 3
     for name in ("token_model", "student"):
         assert {"backbone_steps", "tokens", "tokens_per_s", "ttft_s", "peak_mb"} <= set(result[name])
-        assert result[name]["peak_mb"] > 50 and 0 < result[name]["ttft_s"] < 10 / result[name]["tokens_per_s"] * 2
+        assert result[name]["peak_mb"] > 50 and result[name]["ttft_s"] > 0
     assert "backbone steps" in done.stdout
 
 
