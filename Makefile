@@ -73,11 +73,11 @@ train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SI
 		$(if $(USE_KD),--use_kd) $(call flag,KD_W,kd_w)
 
 infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
-	@$(PY) infer.py --student "$(STUDENT_CKPT)" --ae "$(AE_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
+	@$(PY) infer.py --student "$(STUDENT_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
 		--temperature $(TEMP) --top_p $(TOP_P) --seed $(or $(SEED),0) --stream $(ARGS)
 
 serve: setup ## serve STUDENT_CKPT over HTTP at PORT: /generate, OpenAI's dialect, a page (docs/serving.md)
-	@STUDENT_CHECKPOINT="$(STUDENT_CKPT)" AE_CHECKPOINT="$(wildcard $(AE_CKPT))" $(PY) server.py --port $(PORT) $(ARGS)
+	@STUDENT_CHECKPOINT="$(STUDENT_CKPT)" $(PY) server.py --port $(PORT) $(ARGS)
 
 evaluate: setup ## figures of AE, token-level model and student on DATA's validation text
 	$(PY) tools/evaluate.py --ae "$(AE_CKPT)" --student "$(STUDENT_CKPT)" --baseline "$(CKPT_DIR)/token_model.pt" --data "$(DATA)" $(ARGS)

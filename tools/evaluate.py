@@ -35,6 +35,7 @@ from student.student_model import Student, load_student
 from tools.metrics import BUCKETS, MeanBy, Places, places, word_of
 
 BATCH = 8  # windows at a time
+DRAWN_IN = 64  # windows, spread over all, in which n-grams are drawn
 
 
 def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +62,8 @@ class Batch:
 class Measure:
     """Collects a model's scores over windows; `figures` sums them up. Scored are the positions from `first` on."""
 
-    def __init__(self, model: TokenModel | Student, byte_lengths: Tensor, brier_windows: int, first: int) -> None:
-        self.model, self.k, self.byte_lengths, self.brier_windows = model, model.cfg.k, byte_lengths, brier_windows
-        self.first = first
+    def __init__(self, model: TokenModel | Student, byte_lengths: Tensor, first: int) -> None:
+        self.model, self.k, self.byte_lengths, self.first = model, model.cfg.k, byte_lengths, first
         self.nll: list[Tensor] = []
         self.right: list[Tensor] = []
         self.swapped: list[Tensor] = []
@@ -71,9 +71,9 @@ class Measure:
         self.by_distance, self.by_seen, self.far_copy, self.kl = (MeanBy(n) for n in (len(BUCKETS), len(BUCKETS), 1, 1))
         self.n_bytes = 0
 
-    def add(self, batch: Batch, rng: np.random.Generator) -> None:
-        """Score a batch of windows; rng: where n-grams begin."""
-        k, first, model, tokens = self.k, self.first, self.model, batch.tokens
+    def add(self, batch: Batch) -> None:
+        """Score a batch of windows."""
+        first, model, tokens = self.first, self.model, batch.tokens
         targets = tokens[:, first:]
         self.n_bytes += int(self.byte_lengths[targets].sum())
         hidden = model.hidden(tokens)[:, first:]
@@ -93,12 +93,15 @@ class Measure:
             self.kl.add(kl, torch.zeros(len(kl), dtype=torch.int64))
         if isinstance(model, Student):
             self.swapped.append(score(model.hidden(tokens, batch.others)[:, first:], model.table, targets)[0].cpu())
-        chunks = torch.arange(first // k, (tokens.shape[1] - N - k + 1) // k + 1)  # of those that leave room for any n-gram
-        if self.brier_windows > 0 and len(chunks):
-            self.brier_windows -= len(tokens)
+
+    def draw(self, tokens: Tensor, rng: np.random.Generator) -> None:
+        """Draw n-grams in windows (B, T), which should be spread over those that are scored; rng: where they begin."""
+        k = self.k
+        chunks = torch.arange(self.first // k, (tokens.shape[1] - N - k + 1) // k + 1)  # those that leave room for any n-gram
+        if len(chunks):
             anywhere = chunks * k + torch.from_numpy(rng.integers(k, size=len(chunks)))
             for name, starts in (("chunk start", chunks * k), ("all", anywhere)):
-                self.collision[name].append(collisions(model, tokens, starts.to(tokens.device)).cpu())
+                self.collision[name].append(collisions(self.model, tokens, starts.to(tokens.device)).cpu())
 
     def figures(self) -> dict[str, Any]:
         nll, right, k = torch.cat(self.nll), torch.cat(self.right).float(), self.k
@@ -112,6 +115,7 @@ class Measure:
             "nats_per_token": nll.mean().item(),
             "brier_lm": brier.get("chunk start"),
             "brier_lm_all": brier.get("all"),
+            "brier_windows": sum(part.shape[1] for part in self.collision["all"]),
             "nll_by_position": nll.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
             "accuracy": right.mean().item(),
             "accuracy_by_position": right.unflatten(1, (-1, k)).mean((0, 1)).tolist(),
@@ -161,7 +165,8 @@ def evaluate(
     shard = KDShard(data.folder) if data.meta.get("kd_kind") == "logprobs" else None
     byte_lengths, words = torch.from_numpy(tokenizer.byte_lengths).to(device), word_of(tokenizer)
     half = n // 2  # the latents of window i + n/2: another document's
-    measures = {name: Measure(model, byte_lengths, 64, first) for name, model in models.items()}
+    measures = {name: Measure(model, byte_lengths, first) for name, model in models.items()}
+    drawn_in = np.linspace(0, n - 1, min(DRAWN_IN, n)).astype(int)
 
     def windows(index: np.ndarray) -> Tensor:
         return data.rows((index * context).tolist(), context).to(device)
@@ -179,7 +184,10 @@ def evaluate(
                 (told[0].to(device), told[1].to(device)) if told else None,
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
-                measure.add(batch, rng)
+                measure.add(batch)
+        for i in range(0, len(drawn_in), BATCH):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+                measure.draw(windows(drawn_in[i : i + BATCH]), rng)
     return {name: {**measure.figures(), "windows": n, "tokens": n * (context - first)} for name, measure in measures.items()}
 
 

@@ -62,9 +62,9 @@ def nll_by_position(figures: dict[str, list[float]], path: str | Path) -> None:
 
 
 def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str | Path) -> None:
-    """Bits per byte of named variants against training tokens, training FLOPs and training time.
+    """NLL of named variants, as their trainers measured it, against training tokens, training FLOPs and training time.
 
-    curves: of each variant one line a seed, of points (tokens, FLOPs, seconds, bits per byte).
+    curves: of each variant one line a seed, of points (tokens, FLOPs, seconds, nats a token).
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True)
     labels = (("training tokens, millions", 1e6), ("training PFLOPs", 1e15), ("training minutes", 60))
@@ -77,7 +77,7 @@ def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str |
     for axis, (label, _) in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation bits per byte")
+    axes[0].set_ylabel("NLL on the trainer's validation windows, nats a token")
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 

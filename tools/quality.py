@@ -73,6 +73,7 @@ def summary(rows: list[Row], roles: dict[str, str | None], controls: dict[str, s
         entry["nll_by_position"] = [mean(list(column)) for column in zip(*positions, strict=True)]
         for key in ("nll_by_distance", "nll_by_seen"):
             entry[key] = {b: mean([(row.get(key) or {}).get(b) for row in mine]) for b in BUCKETS}
+        entry["brier_of_two_texts"] = any(row.get("brier_lm_all") is not None and "brier_windows" not in row for row in mine)
         entry["threads"] = sorted({row["threads"] for row in mine})
         out.append(entry)
     return out
@@ -103,12 +104,19 @@ def section(
     for entry in entries:
         nats = shown(entry["nats_per_token"], ".4f") + (f" ± {entry['nats_spread']:.4f}" if entry["nats_spread"] else "")
         cells = [entry["name"], str(len(entry["seeds"])), nats, *(shown(entry.get(key), style) for _, key, style in columns)]
+        if entry["brier_of_two_texts"]:
+            marked = [3 + i for i, (_, key, _) in enumerate(columns) if key.startswith("brier")]
+            cells = [cell + "°" if i in marked and cell != "-" else cell for i, cell in enumerate(cells)]
         cost = entry["train_flops"] / 1e15, entry["inherited_flops"] / 1e15
         cells += [f"{entry['training_tokens'] / 1e6:.2f}", f"{cost[0]:.3g}" + (f" + {cost[1]:.3g}" if cost[1] else "")]
         lines.append([*cells, f"{entry['train_seconds']:.0f} ({', '.join(map(str, entry['threads']))})"])
     heads = ["variant", "seeds", "NLL, nats/token", *(column[0] for column in columns)]
     parts = [f"## {name}", f"`python tools/ablate.py --grid {source}`" + where(rows)]
     parts.append(markdown([*heads, "training tokens, M", "training PFLOPs", "training s (threads)"], lines))
+    if any(entry["brier_of_two_texts"] for entry in entries):
+        parts.append(
+            "° True n-grams of all windows, but drawn ones of the first 64 alone: to be compared with such figures only."
+        )
     against: dict[str, list[str]] = {}
     for entry in entries:
         if entry.get("latent_gain_share") is not None:
@@ -201,9 +209,9 @@ def write_quality(
     curves: dict[str, list[list[tuple[float, ...]]]] = {}
     for row in rows:
         if row["model"] != "ae" and row["bits_per_byte"]:
-            ratio, flops = row["bits_per_byte"] / row["nats_per_token"], row["train_flops"] / row["training_tokens"]
+            flops = row["train_flops"] / row["training_tokens"]
             points: list[tuple[float, ...]] = [
-                (tokens, tokens * flops, seconds, nats * ratio) for tokens, seconds, nats in row["curve"]
+                (tokens, tokens * flops, seconds, nats) for tokens, seconds, nats in row["curve"]
             ]
             curves.setdefault(row["name"], []).append(points)
     if curves:
