@@ -21,7 +21,7 @@ import torch
 
 from student.fast import FastSampler
 from student.sampler import Chunk, SamplingParams
-from student.scoring import Scores, Text, padded_length, score
+from student.scoring import Scores, Text, joined, padded_length, score
 from student.student_model import Student
 
 log = logging.getLogger("latentforge.batching")
@@ -82,10 +82,17 @@ class Job:
         self.cancelled = True
 
     @property
-    def text(self) -> Text:
-        """What is to be scored: a row that ended itself includes its end-of-text token."""
-        written = self.token_ids if self.ended is None else [*self.token_ids, self.ended]
-        return Text(self.prompt, written, 0 if self.score_prompt else len(self.prompt), self.top or 0)
+    def written(self) -> list[int]:
+        """What was written; of a row that ended itself with its end-of-text token."""
+        return self.token_ids if self.ended is None else [*self.token_ids, self.ended]
+
+    @property
+    def texts(self) -> list[Text]:
+        """What is to be scored, one behind the other: the prompt, if asked for, from its first token on, so that a token's
+        likelihood does not hang on how many follow it; then what was written, under the distribution that it was drawn from.
+        """
+        told = [Text((), self.prompt, 0, self.top or 0)] if self.score_prompt else []
+        return [*told, *([Text(self.prompt, self.written, len(self.prompt), self.top or 0)] if self.written else [])]
 
 
 class Observer:
@@ -279,20 +286,28 @@ class Batcher:
     def _score(self) -> None:
         """One pass over texts that wait to be scored: as many as fit, at least one."""
         jobs: list[Job] = []
-        longest = 0
+        longest = count = 0
         with self._changed:
             while self._scoring:
-                longest = max(longest, padded_length(self._scoring[0].text, self.model.cfg.k))
-                if jobs and longest * (len(jobs) + 1) > SCORE_TOKENS:
+                lengths = [padded_length(text, self.model.cfg.k) for text in self._scoring[0].texts]
+                longest, count = max(longest, *lengths, 0), count + len(lengths)
+                if jobs and longest * count > SCORE_TOKENS:
                     break
                 jobs.append(self._scoring.popleft())
         wanted = [job for job in jobs if job.top is not None]
         try:
-            scores = dict(zip(wanted, score(self.model, [job.text for job in wanted]), strict=True)) if wanted else {}
+            scores = self._scores_of(wanted)
         except Exception as error:
             return self._fail(jobs, error)
         for job in jobs:
             self._end(job, Finished(scores.get(job)), job.finish_reason or "length")
+
+    def _scores_of(self, jobs: Sequence[Job]) -> dict[Job, Scores]:
+        """From one pass over the texts of all."""
+        texts = [job.texts for job in jobs]
+        flat = [text for own in texts for text in own]
+        found = iter(score(self.model, flat) if flat else ())
+        return {job: joined([next(found) for _ in own]) for job, own in zip(jobs, texts, strict=True)}
 
     def _leave(self, slot: int) -> None:
         self.sampler.remove(slot)

@@ -41,6 +41,12 @@ class Scores:
     top_logprobs: list[list[float]]
 
 
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of texts that stand one behind the other."""
+    columns = zip(*((part.logprobs, part.top_ids, part.top_logprobs) for part in parts), strict=True)
+    return Scores(*([x for part in column for x in part] for column in columns)) if parts else Scores([], [], [])
+
+
 def padded_length(text: Text, k: int) -> int:
     """Tokens that a text takes in whole chunks, pads on both sides included."""
     return -(-len(text.prompt) // k) * k + -(-len(text.written) // k) * k

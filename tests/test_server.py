@@ -148,15 +148,25 @@ def test_logprobs_are_the_exact_likelihood(served: Served, client: TestClient, t
     for length in (1, 2, 5, 8, len(ids)):
         body = {"prompt": [ids[:length], ids[:3]], "max_tokens": 0, "echo": True, "logprobs": 3}
         choice = ask(client, **body)["choices"][0]
-        padded = torch.tensor([[served.model.cfg.pad_id] * (-length % 4) + ids[:length]])
+        filled = torch.tensor([ids[:length] + [served.model.cfg.pad_id] * (-length % 4)])
         with torch.inference_mode():
-            expected = -served.model.nll(padded, first=-length % 4 + 1)[0]
+            expected = -served.model.nll(filled, first=1)[0, : length - 1]
         shown = choice["logprobs"]
         assert shown["token_logprobs"][0] is None and shown["top_logprobs"][0] is None
         torch.testing.assert_close(torch.tensor(shown["token_logprobs"][1:]), expected, atol=2e-5, rtol=0)
         assert "".join(shown["tokens"]) == choice["text"] == tokenizer.decode(ids[:length])
         ends = [*shown["text_offset"][1:], len(choice["text"])]
         assert [choice["text"][a:b] for a, b in zip(shown["text_offset"], ends, strict=True)] == shown["tokens"]
+
+
+def test_a_tokens_likelihood_does_not_hang_on_how_many_follow_it(client: TestClient, tokenizer: TokenizerAdapter) -> None:
+    """Else choices of different length could not be compared."""
+    ids = tokenizer.encode(PROMPT)
+    told = []
+    for length in (5, 6, 7, 8):
+        body = {"prompt": ids[:length], "max_tokens": 0, "echo": True, "logprobs": 1}
+        told.append(ask(client, **body)["choices"][0]["logprobs"]["token_logprobs"][1:5])
+    assert all(row == pytest.approx(told[0], abs=2e-5) for row in told)
 
 
 def test_logprobs_of_what_was_written(served: Served, client: TestClient, tokenizer: TokenizerAdapter) -> None:
@@ -450,7 +460,7 @@ def test_lm_eval(url: str, tokenizer: TokenizerAdapter, packed: Any, served: Ser
     for (context, continuation), (logprob, greedy) in zip(pairs, got, strict=True):
         before = tokenizer.encode(context) or [tokenizer.eot_id]
         ids = tokenizer.encode(context + continuation) if context else before + tokenizer.encode(continuation)
-        [scores] = score(served.model, [Text(ids, (), len(before), 1)])
+        [scores] = score(served.model, [Text((), ids, len(before), 1)])  # in chunks from the first token on
         assert logprob == pytest.approx(sum(scores.logprobs), abs=1e-4)
         assert greedy == all(top[0] == id for top, id in zip(scores.top_ids, ids[len(before) :], strict=True))
     asked = Instance("generate_until", {}, ("def ", {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0}), 0)

@@ -190,7 +190,7 @@ class Service:
 
     def _shown(self, job: Job, text: str) -> tuple[list[int], list[str], list[int]]:
         """Ids, strings and text offsets of the tokens that were scored, but for those that a stop string cut away."""
-        ids = job.text.tokens[job.text.first :]
+        ids = [*job.prompt, *job.written] if job.score_prompt else job.written
         stream, of_prompt, at, prompt_end = Utf8Stream(self.tokenizer), len(job.prompt) if job.score_prompt else 0, 0, 0
         strings: list[str] = []
         offsets: list[int] = []
