@@ -234,6 +234,11 @@ class TokenizerAdapter:
         return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     @cached_property
+    def fallback_ids(self) -> frozenset[int]:
+        """Tokens such as <0x2C> of a tokenizer that falls back to bytes: each stands for its byte where no other token does."""
+        return frozenset(i for piece, i in self._tokenizer.get_vocab().items() if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece))
+
+    @cached_property
     def _special_tokenizer(self) -> Tokenizer:
         """A copy that recognises special tokens in text."""
         return Tokenizer.from_str(self._tokenizer.to_str())

@@ -20,7 +20,8 @@ from -0.5 to -1 and to 0.004 at -8.
 
 A document is the prompt and what was written after it, or the text that was scored. An end-of-text id in front is left
 out: the document before ends with one. An answer that was cut by its length limit ends with end-of-text as every document.
-Of equal documents only the first is kept. Validation is chosen by the hash of the prompt, or of the text where there is none.
+Of equal documents only the first is kept. Validation is chosen by the hash of the prompt, of scored text by that of its
+document's first tokens, or of the text where there is neither.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +144,7 @@ class KDShard(Packed):
         soft = self.kind == "logprobs"
         self.k = self._field("kd_k", lambda k: type(k) is int and soft <= k <= soft * self.vocab_size, "as kd_kind wants it")
         self.scored = self._count("kd_scored", self.n_tokens)
+        self.drawn = self.meta.get("drawn", True) is True  # its tokens are draws from the distributions that its rows tell
         self.teacher = self._field(
             "teacher", lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names), "a list of names"
         )
@@ -180,8 +183,18 @@ def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray
     top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
     top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
     first = int(len(ids) > 1 and ids[0] == eot_id)
-    cut = bool(below) and (record.source == "score" or record.finish_reason == "length")
+    cut = bool(below) and (record.source == "score" or record.finish_reason in ("length", "content_filter"))
     return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:], cut
+
+
+def split_rank(prompt: np.ndarray, request: Mapping[str, Any], ids: np.ndarray) -> float:
+    """In [0, 1), below the validation's share: held out. By the prompt, its ids or as it was sent, so that what was written
+    after it lies in one split, however often it was asked; by the document where there was none.
+    """
+    asked = request.get("messages") or request.get("prompt")
+    as_sent = json.dumps(asked).encode() if isinstance(asked, str) or "messages" in request else ids.tobytes()
+    source = hashlib.blake2b(prompt.tobytes() if len(prompt) else as_sent, digest_size=8).digest()
+    return int.from_bytes(source, "big") / 2**64
 
 
 def pack_answers(
@@ -226,7 +239,7 @@ def _pack(
     counts: Counter[str] = Counter()
     table, seen, models = TokenTable(tokenizer), set[bytes](), set[str]()
     writers = {name: KDWriter(folder / name, tokenizer.model_vocab_size, k) for name in ("train", "val")}
-    lowest = 1.0
+    lowest, drawn = 1.0, True
     for answer in answers:
         try:
             count = len(choices_of(answer.answer))
@@ -250,10 +263,9 @@ def _pack(
                 continue
             seen.add(digest)
             models.add(record.model)
-            # by the prompt, so that what was written after it lies in one split, however often it was asked
-            prompt = record.prompt_ids[record.prompt_ids != tokenizer.eot_id]
-            source = hashlib.blake2b((prompt if len(prompt) else ids).tobytes(), digest_size=8).digest()
-            rank = int.from_bytes(source, "big") / 2**64
+            drawn &= record.source == "generate" and answer.request.get("temperature", 1) == 1
+            of = record.prompt_ids if record.source == "generate" else np.array(prompt_ids or [], np.int32)
+            rank = split_rank(of[of != tokenizer.eot_id], answer.request, ids)
             lowest = min(lowest, rank)
             writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs, cut)
     if 0 < val_split <= lowest < 1:  # so few prompts that none came to validation: the first of them does
@@ -273,6 +285,7 @@ def _pack(
             pad_id=tokenizer.pad_id,
             teacher=sorted(models),
             val_split=val_split,
+            drawn=drawn,
             **meta,
         )
     tokenizer.save(folder / "tokenizer")

@@ -15,11 +15,12 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import opt
 from kd.kd_client import STEPS_DOWN
-from kd.records import TokenizerLike
+from kd.records import REPLACEMENT, TokenizerLike
 from kd.settings import Settings
 from kd.shards import Shard
 
 TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key
+DOCUMENT_TOKENS = 64  # by which the document of a scored piece is known
 CONTINUE = "Continue the text below. Answer with the continuation alone: no comment, and nothing of the text itself.\n\n"
 
 
@@ -67,7 +68,8 @@ class HarvestConfig:
 
 @dataclass
 class Job:
-    """A request, and what precedes its answer in the training text (None: not known)."""
+    """A request, and what precedes its answer in the training text (None: not known); of a text that is to be scored, the
+    beginning of its document, which decides whether it is trained on or held out."""
 
     body: dict[str, Any]
     prompt_ids: list[int] | None
@@ -132,11 +134,15 @@ class Prompts:
             for i, start in enumerate(map(int, starts)):
                 end = int(starts[i + 1] if i + 1 < len(starts) else data.n_tokens)
                 if self.cfg.mode == "score":
+                    of = data.tokens[start : min(start + DOCUMENT_TOKENS, end)].tolist()
                     for first in range(start, end, self.cfg.max_new_tokens):
                         piece = data.tokens[first : min(first + self.cfg.max_new_tokens, end)].tolist()
-                        yield {"score": [*([data.meta["eot_id"]] if first == start else []), *piece]}
+                        yield {"score": [*([data.meta["eot_id"]] if first == start else []), *piece], "of": of}
                     continue
                 ids = data.tokens[start : min(start + self.cfg.prompt_tokens, end - 1)].tolist()  # no end-of-text
+                if self.tokenizer is not None and (self.chat or self.cfg.as_text):  # as text it must not end within a character
+                    while ids and self.tokenizer.decode(ids).endswith(REPLACEMENT):
+                        ids.pop()
                 if ids:
                     yield {"ids": ids}
         else:
@@ -146,7 +152,8 @@ class Prompts:
 def request_of(
     cfg: HarvestConfig, settings: Settings, tokenizer: TokenizerLike | None, chat: bool, index: int, row: dict[str, Any]
 ) -> Job:
-    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"}, {"ids"}, or {"score"}: ids to be scored."""
+    """Request number `index`, of a prompt: {"text"}, {"prompt"}, {"messages"}, {"ids"}, or {"score", "of"}: ids
+    to be scored, and the first of their document."""
     if "score" in row:
         scoring = {
             "echo": True,
@@ -155,7 +162,7 @@ def request_of(
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        return Job({"model": settings.model, "prompt": row["score"], **scoring}, row["score"])
+        return Job({"model": settings.model, "prompt": row["score"], **scoring}, row["of"])
     body: dict[str, Any] = {
         "model": settings.model,
         "temperature": cfg.temperature,
@@ -198,12 +205,17 @@ def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: 
     that were sent as ids are in the teacher's own, and stay.
     """
     text, messages = request.get("prompt"), request.get("messages")
-    if ids is not None and messages and _is_chat(messages):
+    if messages and _is_chat(messages):
         text = messages[-1]["content"]
         if len(messages) > 1 or not text.startswith(CONTINUE):
-            return tokenizer.encode_chat(messages, add_generation_prompt=True)
+            try:
+                return tokenizer.encode_chat(messages, add_generation_prompt=True)
+            except UserError:  # no chat template
+                if ids is None:
+                    return None
+                raise
         text = text.removeprefix(CONTINUE)
-    if ids is None or not isinstance(text, str) or tokenizer.decode(ids) == text:
+    if not isinstance(text, str) or (ids is not None and tokenizer.decode(ids) == text):
         return ids
     return tokenizer.encode(text)
 

@@ -51,6 +51,11 @@ class TokenizerLike(Protocol):
     stop_ids: frozenset[int]
 
     @property
+    def fallback_ids(self) -> frozenset[int]:
+        """Single bytes, used where no other token has them."""
+        ...
+
+    @property
     def fingerprint(self) -> str: ...
     def token_bytes(self, id: int) -> bytes: ...
     def encode(self, text: str) -> list[int]: ...
@@ -99,9 +104,9 @@ class TokenTable:
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self.tokenizer = tokenizer
-        pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.size)]
-        seen = Counter(pieces)
-        self._ids = {piece: i for i, piece in enumerate(pieces) if piece and seen[piece] == 1}
+        pieces, last = [tokenizer.token_bytes(i) for i in range(tokenizer.size)], tokenizer.fallback_ids
+        seen = Counter(piece for i, piece in enumerate(pieces) if i not in last)
+        self._ids = {p: i for i, p in enumerate(pieces) if p and seen[p] == (0 if i in last else 1)}
         self._special: dict[str, int | None] = {}
 
     def find(self, token: Token) -> int | None:
@@ -192,7 +197,9 @@ def _parse(
     if scored is not None and not request.get("echo"):
         tokens = scored + tokens
     source = "generate" if scored is None else "score"
-    ids, tokens = _identify(tokens, text, table, skip=0 if request.get("echo") or scored is None else len(scored))
+    echoed = len(tokens) if not text else 0  # vLLM echoes no text beside ids
+    skip = echoed if request.get("echo") else len(scored or [])
+    ids, tokens = _identify(tokens, text, table, skip=skip)
 
     if source == "score":
         prompt: Any = []

@@ -29,7 +29,7 @@ APPLICATION_ID = 0x4C464B44  # "LFKD", in SQLite's header: says whose file this 
 VERSION = 1
 PATIENCE_S = 60.0  # how long to wait for another process's transaction
 PAGE = 64  # rows read at once
-LARGEST = 64 << 20  # bytes of a request or an answer, unpacked
+LARGEST = 256 << 20  # bytes of a request or an answer, unpacked; an answer of 16,000 tokens with 20 logprobs each has 30 MB
 SCHEMA = """CREATE TABLE answers (
     key BLOB PRIMARY KEY, model TEXT NOT NULL, template INTEGER NOT NULL, request BLOB NOT NULL, prompt_ids BLOB,
     answer BLOB NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,

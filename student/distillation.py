@@ -63,6 +63,8 @@ class Teacher:
         about, ce_w = self.about(), 1.0 if cfg.ce_w is None else cfg.ce_w
         log(f"distillation: {about['kind']} from {', '.join(about['teacher'])}, {about['tokens']:,} tokens in {self.folder}")
         if self.soft:
+            if cfg.ce_w is None and cfg.kd_w and not self.train.drawn:
+                log("the text is not drawn at temperature 1, or not the teacher's: it is learned from as well, --ce_w 1")
             return ce_w
         log(f"no logprobs of the teacher's: --kd_w {cfg.kd_w:g} is added to --ce_w {ce_w:g}, on the tokens that it wrote")
         return ce_w + cfg.kd_w
@@ -74,7 +76,11 @@ class Teacher:
         A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw tells more
         only of the words beyond the row, and `divergence` takes that from it (docs/distillation.md).
         """
-        return (rows[0] < 0).all(-1) & ~rows[1].isneginf().all(-1) if cfg.ce_w is None and cfg.kd_w and rows else None
+        return (rows[0] < 0).all(-1) & ~rows[1].isneginf().all(-1) if rows and self._rows_say_it(cfg) else None
+
+    def _rows_say_it(self, cfg: LMTrainConfig) -> bool:
+        """Whether the tokens are left to the divergence where there is a row."""
+        return cfg.ce_w is None and cfg.kd_w > 0 and self.train.drawn
 
     def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None, first: int = 0) -> tuple[Tensor, ...]:
         """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.
@@ -97,7 +103,7 @@ class Teacher:
         told: dict[str, Any] = {
             "top_ids": ids,
             "top_logprobs": logprobs,
-            "drawn": tokens if cfg.ce_w is None and cfg.kd_w else None,
+            "drawn": tokens if self._rows_say_it(cfg) else None,
             "count": count,
         }
         return partial(mean_kl, table=table, temperature=self.temperature, **told)

@@ -27,6 +27,7 @@ class ByteTokenizer:
     size = 256 + len(WORDS) + 1
     eot_id = size - 1
     special_ids = stop_ids = frozenset({eot_id})
+    fallback_ids: frozenset[int] = frozenset()
     fingerprint = "bytes"
 
     def token_bytes(self, id: int) -> bytes:

@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +113,7 @@ def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher:
 
 def test_the_text_alone_is_asked_for_as_text(world: World, at_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--kd_k 0: no ids go to the teacher, whose tokenizer may be another one, and no logprobs come back."""
-    flags = [*world.train_flags(at_teacher), *SMALL_LM, "--k", 4, "--max_steps", 1, "--use_kd", "--kd_tokens", 300]
+    flags = [*world.train_flags(at_teacher), *SMALL_LM, "--k", 4, "--max_steps", 1, "--use_kd", "--kd_tokens", 1500]
     assert run_script(baseline, *flags, "--kd_k", 0) == 0
     assert "sequence-level from tiny" in capsys.readouterr().err
     with Store("data/teacher/tiny.sqlite", must_exist=True) as store:
@@ -266,11 +268,17 @@ def test_where_the_teacher_told_its_logprobs_the_drawn_token_teaches_nothing() -
     ids[:, 8:] = MISSING
     logprobs = torch.zeros(2, 12, 1)
     logprobs[1, 11] = -torch.inf
-    unset, given = (Teacher.hard(None, LMTrainConfig(ce_w=w), [ids, logprobs]) for w in (None, 1.0))  # type: ignore[arg-type]
+    shards: list[Any] = [SimpleNamespace(drawn=drawn) for drawn in (True, False)]
+    drawn, told = (Teacher(Path(), shard, shard, 1.0) for shard in shards)
+    unset, given = (drawn.hard(LMTrainConfig(ce_w=w), [ids, logprobs]) for w in (None, 1.0))
     assert given is None and unset is not None
     expected = torch.arange(12).expand(2, -1) >= 8
     assert torch.equal(unset, expected & ~logprobs[..., 0].isneginf())
-    assert Teacher.hard(None, LMTrainConfig(kd_w=0), [ids, logprobs]) is None  # type: ignore[arg-type]  # no KL to do it
+    assert drawn.hard(LMTrainConfig(kd_w=0), [ids, logprobs]) is None  # no KL to do it
+    assert told.hard(LMTrainConfig(), [ids, logprobs]) is None  # what was not drawn is learned from everywhere
+    for teacher, left_out in ((drawn, True), (told, False)):
+        kl = teacher.divergence(LMTrainConfig(), model.table, [ids, logprobs, torch.tensor(16)], tokens)
+        assert (kl.keywords["drawn"] is tokens) == left_out  # type: ignore[attr-defined]
     unset = expected
     part, whole = (student_loss(model, None, tokens, pads, ce_w=1.0, ce_at=at) for at in (unset, None))
     with torch.no_grad():

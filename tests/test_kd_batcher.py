@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.kd_batcher import KDShard, KDWriter, document, pack_answers
 from kd.losses import mean_kl
-from kd.records import MISSING, TeacherRecord
+from kd.records import MISSING, TeacherRecord, TokenTable, parse_answer
 from kd.store import Store, StoredAnswer
 
 META = {"tokenizer_fingerprint": "f", "tokenizer": "t", "eot_id": 0, "pad_id": 1, "teacher": ["m"]}
@@ -198,6 +199,48 @@ def test_answers_become_two_splits(tmp_path: Path, tokenizer: TokenizerAdapter) 
 
     again = pack_answers(reversed(stored), tokenizer, tmp_path / "kd", k=3, val_split=0.3)
     assert again["val documents"] == counts["val documents"]  # the split does not depend on the order
+
+
+def test_what_is_written_to_a_prompt_lies_in_one_split_whatever_is_known_of_it(
+    tmp_path: Path, tokenizer: TokenizerAdapter
+) -> None:
+    """Ids or not, a chat or a text; and the pieces of a document that was scored."""
+    made: list[StoredAnswer] = []
+    for i in range(40):
+        for asked in ({"prompt": f"prompt {i}"}, {"messages": [{"role": "user", "content": f"say {i}"}]}):
+            for answer in answers(tokenizer, [f"answer {i} {j}" for j in range(3)]):
+                made.append(dataclasses.replace(answer, request={"model": "m", **asked}))
+    ids = [tokenizer.encode(f"document {i}") for i in range(40)]
+    for i in range(40):
+        for piece in answers(tokenizer, [f"piece {i} {j}" for j in range(3)]):
+            own = piece.answer["choices"][0].pop("token_ids")
+            request = {"model": "m", "prompt": own, "echo": True, "max_tokens": 0}
+            made.append(dataclasses.replace(piece, request=request, prompt_ids=ids[i]))
+    pack_answers(made, tokenizer, tmp_path / "kd", k=2, val_split=0.3)
+    texts = {}
+    for data in PackedData.pair(tmp_path / "kd"):
+        texts[data.folder.name] = [tokenizer.decode(doc) for doc in np.split(data.tokens, data.doc_starts[1:])]
+    assert sum(map(len, texts.values())) == len(made)
+    of = {name: {re.sub(r" \d+(<.*>)?$", "", text) for text in own} for name, own in texts.items()}
+    assert len(of["val"]) > 10 and not of["train"] & of["val"]
+    assert any(text.startswith("prompt 1") for name in of for text in of[name])  # the prompt is part of the text
+    assert KDShard(tmp_path / "kd" / "train").drawn is False  # what was scored is no draw
+
+
+def test_draws_are_told_from_other_text(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    for temperature, drawn in ((1.0, True), (0.7, False)):
+        stored = [
+            dataclasses.replace(answer, request={**answer.request, "temperature": temperature})
+            for answer in answers(tokenizer, [f"x = {i}" for i in range(40)])
+        ]
+        pack_answers(stored, tokenizer, tmp_path / "kd", k=2, val_split=0.3)
+        assert KDShard(tmp_path / "kd" / "train").drawn is drawn
+
+
+def test_an_answer_that_a_filter_cut_has_no_end(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    record = parse_answer({}, answers(tokenizer, ["x = 1"])[0].answer, TokenTable(tokenizer))
+    ends = {reason: document(dataclasses.replace(record, finish_reason=reason), 0)[3] for reason in ("stop", "content_filter")}
+    assert ends == {"stop": False, "content_filter": True}
 
 
 def test_nothing_usable_and_foreign_folders(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:

@@ -21,11 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, World, run_script
 from faulty_server import ByteTokenizer, FaultyServer, harvest_in_a_child
 
-from ae.chunks import PackedData
+from ae.chunks import PackedData, PackedWriter
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd import harvest as harvest_script
@@ -293,6 +294,19 @@ def test_bodies_are_what_each_server_understands() -> None:
     assert job.prompt_ids == [1, 2] and job.body["prompt"] == [tokenizer.eot_id, 1, 2] and job.body["max_tokens"] == 7
     assert job.body["return_token_ids"] and "venice_parameters" not in job.body
     assert (job.body["top_p"], job.body["top_k"], job.body["min_p"]) == (1, -1, 0)  # else a model's own defaults would cut
+
+
+def test_a_prompt_sent_as_text_ends_with_a_whole_character(packed: World, tmp_path: Path) -> None:
+    tokenizer = TokenizerAdapter.load(packed.root / "tokenizer")
+    ids = [*tokenizer.encode("x = 1"), *tokenizer.encode("\U0001f600")[:-1]]
+    assert tokenizer.decode(ids).endswith("\ufffd")
+    writer = PackedWriter(tmp_path / "train", tokenizer.model_vocab_size)
+    writer.add(np.array([*ids, 5, 6, tokenizer.eot_id]))
+    writer.close(tokenizer_fingerprint=tokenizer.fingerprint, tokenizer="t", eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)
+    local = Settings("http://127.0.0.1:1/v1", "m", KEY)
+    for as_text, cut in ((True, "x = 1"), (False, [tokenizer.eot_id, *ids])):
+        cfg = HarvestConfig(data=str(tmp_path), prompt_tokens=len(ids), text_prompts=as_text)
+        assert next(iter(Prompts(cfg, local, tokenizer))).body["prompt"] == cut
 
 
 def test_a_prompt_for_a_teachers_text_alone_is_no_ids_of_another_tokenizer() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from faulty_server import SPECIAL, ByteTokenizer, chat_answer, entry, good, odd
 
 from ae.tokenizer_adapter import TokenizerAdapter
 from kd.records import MISSING, Misaligned, Token, TokenTable, parse_answer, wire_top
 
+STORIES = ROOT.parent / "shared" / "teachers" / "stories260k"
 TOKENIZER = ByteTokenizer()
 TABLE = TokenTable(TOKENIZER)
 THE, CAT, SAT, E_ACUTE, NEKO, END = range(256, 262)
@@ -52,6 +54,42 @@ def test_vllm_completions() -> None:
     assert record.top_ids.tolist() == [[THE, CAT], [MISSING, MISSING]] and np.isnan(record.top_logprobs[1]).all()
     answer = completions(tokens=["token_id:256", "token_id:257"], top_logprobs=[{"token_id:256": -0.5}, {"token_id:65": -1.0}])
     assert parse_answer({}, answer, TABLE).top_ids.tolist() == [[THE], [65]]
+
+
+def test_vllm_echoes_no_text_beside_ids() -> None:
+    """As its completions server answers `return_token_ids`: the logprobs hold the prompt, the text does not."""
+    lists = {
+        "tokens": ["token_id:256", "token_id:257"], "token_logprobs": [None, -0.25], "text_offset": [0, 0],
+        "top_logprobs": [None, {"token_id:257": -0.25, "token_id:65": -2.0}],
+    }  # fmt: skip
+    choice = {"text": "", "finish_reason": "length", "token_ids": [], "prompt_token_ids": [THE, CAT], "logprobs": lists}
+    request = {"prompt": [THE, CAT], "echo": True, "max_tokens": 0}
+    record = parse_answer(request, {"model": "m", "choices": [choice]}, TABLE)
+    assert (record.source, record.sampled_id.tolist()) == ("score", [THE, CAT]) and np.isnan(record.sampled_logprob[0])
+    assert record.top_ids.tolist() == [[MISSING, MISSING], [CAT, 65]]
+
+
+def test_a_byte_that_a_tokenizer_falls_back_to_stands_for_what_no_other_token_has() -> None:
+    class Falling(ByteTokenizer):
+        fallback_ids = frozenset(range(256))
+
+        def token_bytes(self, id: int) -> bytes:
+            return b"," if id == THE else super().token_bytes(id)
+
+    table = TokenTable(Falling())
+    assert table.find(Token(text=",")) == table.find(Token(raw=b",")) == THE
+    assert table.find(Token(raw=b"\xc3")) == 0xC3 and table.find(Token(text=" cat")) == CAT
+    Falling.fallback_ids = frozenset()
+    assert TokenTable(Falling()).find(Token(text=",")) is None  # two tokens that are alike
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"no tokenizer with byte pieces at {STORIES}")
+def test_every_word_of_a_tokenizer_with_byte_pieces_is_found() -> None:
+    tokenizer = TokenizerAdapter.load(str(STORIES))
+    table = TokenTable(tokenizer)
+    assert len(tokenizer.fallback_ids) == 256
+    for i in set(range(tokenizer.size)) - tokenizer.fallback_ids - tokenizer.special_ids:
+        assert table.find(Token(raw=tokenizer.token_bytes(i))) == i, i
 
 
 def test_prompts_of_a_larger_vocabulary_are_misaligned() -> None:

@@ -210,7 +210,7 @@ def test_programs_in_a_store_are_refused(tmp_path: Path, program: str) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("answer", zlib.compress(bytes(LARGEST + 1)), "cut short, or more than 64 MiB"),
+        ("answer", zlib.compress(bytes(LARGEST + 1)), "cut short, or more than 256 MiB"),
         ("answer", zlib.compress(b'{"x": 2}')[:-3], "cut short"),
         ("answer", zlib.compress(b"[]"), "not what its key says"),
         ("request", zlib.compress(b'{"seed": 2}'), "not what its key says"),
