@@ -88,6 +88,7 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
     ) -> CausalLMOutput:
         """Logits (B, T, V), where row t predicts token t + 1, and with labels (B, T) the mean NLL in nats of those that are
         neither -100, nor masked, nor first in their row.
@@ -95,8 +96,8 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         A row's chunks begin at its first own token, whatever padding the mask (B, T) hides before or behind it. A prompt that
         `generate` continued was filled up to whole chunks with pads in front; to score its continuation under the very
         distribution that wrote it, put those pads in front as tokens of the row. logits_to_keep: only the last so many
-        logits, 0 for all, or these positions. Raises UserError for what is longer than the context, and for an energy head,
-        which has no likelihood.
+        logits, 0 for all, or these positions. use_cache: no cache comes back, whatever it says. Raises UserError for what is
+        longer than the context, and for an energy head, which has no likelihood.
         """
         cfg, length = self.student.cfg, input_ids.shape[1]
         if not 0 < length <= cfg.context:
@@ -121,11 +122,12 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(  # type: ignore[override]
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         seed: int | None = None,
         streamer: Any = None,
+        inputs: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Continue prompts (B, T), padded on the left where they differ in length, K tokens a step -> (B, T + new).
@@ -136,6 +138,9 @@ class LatentForgeForCausalLM(PreTrainedModel, GenerationMixin):
         torch's generator gives. A row that ends early is closed by its eos_token_id, and filled with pads.
         streamer: gets the new tokens of each step.
         """
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None:
+            raise UserError("generate: expected input_ids (B, T), the prompts")
         config = self._settings(generation_config, settings)
         stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         pad = self.config.pad_token_id

@@ -335,6 +335,11 @@ def test_generate_refuses(model: LatentForgeForCausalLM, settings: dict[str, Any
 def test_harmless_settings_are_no_error(model: LatentForgeForCausalLM) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     model.generate(ids, max_new_tokens=2, num_beams=1, use_cache=True, repetition_penalty=1.0, top_k=None)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+    assert torch.equal(model.generate(inputs=ids, **settings), model.generate(ids, **settings))
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
+    with pytest.raises(UserError, match="expected input_ids"):
+        model.generate()
 
 
 def test_forward_refuses_what_is_longer_than_the_context(model: LatentForgeForCausalLM) -> None:
