@@ -39,7 +39,6 @@ from kd.kd_client import (
     Answer,
     Dropped,
     Interrupted,
-    ModelInfo,
     Stopped,
     TeacherClient,
     logprob_fields,
@@ -98,7 +97,7 @@ class Harvest:
         """Harvest what is missing. Raises Stopped or UserError when it ends early; `summary` is true either way."""
         cfg, client = self.cfg, self.client
         client.spent, client.on_lost = self.store.totals().cost, self.store.lose
-        listed = await self._models()
+        listed = await client.models()
         if cfg.dry_run:
             return self._estimate(None)
         first = await self._probe()
@@ -122,14 +121,6 @@ class Harvest:
                 f"the prompts are used up at {self.summary.tokens:,} of {cfg.n_tokens:,} tokens: at temperature 0 each is used "
                 "once; bring more, or raise --temperature"
             )
-
-    async def _models(self) -> list[ModelInfo]:
-        try:
-            return await self.client.models()
-        except Stopped as error:
-            if error.status != 404:
-                raise
-            return []  # a server without that path
 
     async def _probe(self) -> Answer | None:
         """Find out what logprobs there are: from the first prompt's stored answer, else by asking for it."""

@@ -219,9 +219,13 @@ class TeacherClient:
             self._stop.set()
 
     async def models(self) -> list[ModelInfo]:
-        """The models that the server lists; `self.model` becomes the one asked for, if it is there."""
-        path = "/models?type=text" if self.settings.is_venice else "/models"
-        body = await self.get(path)
+        """The models that the server lists, [] where it has no such path; `self.model` becomes the one asked for, if listed."""
+        try:
+            body = await self.get("/models?type=text" if self.settings.is_venice else "/models")
+        except Stopped as error:
+            if error.status != 404:
+                raise
+            return []
         rows = body["data"] if isinstance(body.get("data"), list) else []
         found = [ModelInfo.parse(row) for row in rows if isinstance(row, dict)]
         self.model = next((model for model in found if model.name == self.settings.model), self.model)

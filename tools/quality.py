@@ -66,14 +66,15 @@ def summary(rows: list[Row], roles: dict[str, str | None], controls: dict[str, s
             "bits_per_byte", "nats_per_token", "brier_lm", "brier_lm_all", "latent_swap_cost", "nll_far_copy", "kl_to_teacher",
             "training_tokens", "train_flops", "inherited_flops", "train_seconds", "k", "backbone_steps_per_token",
         ):  # fmt: skip
-            entry[key] = mean([row.get(key) for row in mine])
+            drawn_alike = [row for row in mine if "brier_windows" in row] if key.startswith("brier") else []
+            entry[key] = mean([row.get(key) for row in drawn_alike or mine])
         nats = [row["nats_per_token"] for row in mine if row["nats_per_token"] is not None]
         entry["nats_spread"] = (max(nats) - min(nats)) / 2 if len(nats) > 1 else None
         positions = [row["nll_by_position"] for row in mine if row["nll_by_position"]]
         entry["nll_by_position"] = [mean(list(column)) for column in zip(*positions, strict=True)]
         for key in ("nll_by_distance", "nll_by_seen"):
             entry[key] = {b: mean([(row.get(key) or {}).get(b) for row in mine]) for b in BUCKETS}
-        entry["brier_of_two_texts"] = any(row.get("brier_lm_all") is not None and "brier_windows" not in row for row in mine)
+        entry["brier_of_two_texts"] = all(row.get("brier_lm_all") is not None and "brier_windows" not in row for row in mine)
         entry["threads"] = sorted({row["threads"] for row in mine})
         out.append(entry)
     return out

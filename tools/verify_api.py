@@ -15,7 +15,7 @@ from typing import Any
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import EXIT_USER_ERROR, UserError, run_cli
 from configs.schema import opt, parse_config
-from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient
+from kd.kd_client import Answer, Dropped, ModelInfo, TeacherClient
 from kd.limits import Patience
 from kd.prompts import HarvestConfig, Job, request_of, uses_chat
 from kd.records import MISSING, Misaligned, TokenTable, parse_answer
@@ -58,7 +58,7 @@ class Report:
 async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerAdapter | None, report: Report) -> None:
     """Fill the report. Raises UserError where the server cannot be used."""
     settings = client.settings
-    models = await list_models(client)
+    models = await client.models()
     kind = "Venice" if settings.is_venice else "OpenAI" if settings.is_hosted else "OpenAI-like"
     report.row("server", f"{settings.base_url} ({kind}), {len(models)} models listed")
     describe(client, models, report)
@@ -85,16 +85,6 @@ async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerA
         least = "" if top >= cfg.top_logprobs else f"{top} top logprobs a token, not {cfg.top_logprobs}: a longer tail"
         report.row("logprobs", f"{top} a token", least)
     align(job, answer, tokenizer, report)
-
-
-async def list_models(client: TeacherClient) -> list[ModelInfo]:
-    """What GET /models says; [] where the server has no such path."""
-    try:
-        return await client.models()
-    except Stopped as error:
-        if error.status != 404:
-            raise
-        return []
 
 
 def describe(client: TeacherClient, models: list[ModelInfo], report: Report) -> None:
