@@ -115,9 +115,7 @@ def section(
     parts = [f"## {name}", f"`python tools/ablate.py --grid {source}`" + where(rows)]
     parts.append(markdown([*heads, "training tokens, M", "training PFLOPs", "training s (threads)"], lines))
     if any(entry["brier_of_two_texts"] for entry in entries):
-        parts.append(
-            "° True n-grams of all windows, but drawn ones of the first 64 alone: to be compared with such figures only."
-        )
+        parts.append("° Wrong: true n-grams of all windows, drawn ones of the first 64 alone (What is measured).")
     against: dict[str, list[str]] = {}
     for entry in entries:
         if entry.get("latent_gain_share") is not None:
