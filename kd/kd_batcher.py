@@ -50,6 +50,7 @@ from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenT
 from kd.store import Store, StoredAnswer
 
 KINDS = ("logprobs", "sequence")
+PACKING = 2  # version of how answers become documents and splits
 FILES = ("tokens.bin", "docs.bin", "top_ids.bin", "top_logprobs.bin")
 DEFAULT_K = 20
 
@@ -286,6 +287,7 @@ def _pack(
             teacher=sorted(models),
             val_split=val_split,
             drawn=drawn,
+            packing=PACKING,
             **meta,
         )
     tokenizer.save(folder / "tokenizer")

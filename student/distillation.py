@@ -24,7 +24,7 @@ from configs.files import read_json
 from configs.parallel import world
 from configs.schema import LMTrainConfig
 from kd.harvest import HarvestConfig, harvest, store_path
-from kd.kd_batcher import KDShard, pack_answers
+from kd.kd_batcher import PACKING, KDShard, pack_answers
 from kd.kd_client import Interrupted, Settings
 from kd.losses import mean_kl, scored_positions
 from kd.records import MISSING
@@ -179,7 +179,7 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         meta = folder / "train" / "meta.json"
         if meta.exists():
             packed = read_json(meta)
-            if all(packed.get(key) == value for key, value in made_of.items()):
+            if packed.get("packing") == PACKING and all(packed.get(key) == value for key, value in made_of.items()):
                 return folder
         tokenizer = TokenizerAdapter.load(data.tokenizer)
         _log(f"packing {answers:,} answers of {path} into {folder}")
