@@ -315,10 +315,10 @@ class Batcher:
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         log.error("%d rows failed: %s", len(jobs), error, exc_info=error)
-        for job in jobs:
-            self._end(job, error, "failed")
         if isinstance(error, torch.AcceleratorError):  # a device assert, say: nothing will run on that device any more
             self._give_up(error)
+        for job in jobs:
+            self._end(job, error, "failed")
 
     def _give_up(self, error: Exception) -> None:
         """Take and write no more, and say so at /health."""
