@@ -332,6 +332,22 @@ def test_summary_goes_seed_by_seed() -> None:
     assert entry["bits_per_byte_ratio"] == pytest.approx(3.4 / 3.3) and entry["nats_spread"] == pytest.approx(0.2)
 
 
+def test_figures_of_two_texts_are_marked_and_not_averaged_with_others() -> None:
+    """BrierLM of rows from before n-grams were drawn in windows spread over all."""
+    old, new = {"brier_lm": 30.0, "brier_lm_all": 30.0}, {"brier_lm": 20.0, "brier_lm_all": 20.0, "brier_windows": 64}
+    rows = [row("both", 3.5) | old, row("both", 3.5, 1) | new, row("old", 3.5) | old, row("energy", 3.5) | {"brier_lm": 2.0}]
+    roles = {"control": "c", "token_model": "t", "recommended": None}
+    entries = {e["name"]: e for e in summary(rows, roles, {})}
+    assert {name: e["brier_of_two_texts"] for name, e in entries.items()} == {"both": False, "old": True, "energy": False}
+    assert entries["both"]["brier_lm_all"] == 20 and entries["old"]["brier_lm_all"] == 30
+
+    def figures(name: str) -> list[str]:
+        text = section("g", "g.yaml", rows, [entries[name]], [], [])
+        return re.findall(r"\| ([\d.]+°?) (?=\|)", next(line for line in text.splitlines() if line.startswith(f"| {name} |")))
+
+    assert "30.00°" in figures("old") and "20.00" in figures("both") and "2.00" in figures("energy")
+
+
 def test_the_recommended_variant_at_every_k() -> None:
     small, other = {"ae_ckpt": "8", "seq_len": 64, "lr": 1e-3}, {"ae_ckpt": "4", "seq_len": 128, "compile": True}
     settings = {"s": small, "s_k4": small | other, "s_fast": small | {"lr": 2e-3}, "t": {"lr": 1e-3, "layers": 4}}

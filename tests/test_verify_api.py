@@ -37,6 +37,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         "1 models listed",
         "$0.35 in, $1.9 out",
+        f"s, ${(3 * 0.35 + 3 * 1.9) / 1e6:.6f}\n",
         "4096 tokens",
         "limit-requests 50",
         "usd 12.5",

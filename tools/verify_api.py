@@ -72,7 +72,8 @@ async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerA
         raise UserError(f"the call failed: {error}") from None
     job.body |= fields
     path = "/chat/completions" if chat else "/completions"
-    report.row("call", f"{path}: {answer.completion_tokens} tokens in {answer.seconds:.2f} s, {client.dollars}")
+    cost = f"${answer.cost:.6f}" if answer.cost else client.dollars  # a cent buys hundreds of such calls
+    report.row("call", f"{path}: {answer.completion_tokens} tokens in {answer.seconds:.2f} s, {cost}")
     await limits(client, report)
     told = answer.body.get("model")
     if told != settings.model:
