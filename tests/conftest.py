@@ -144,3 +144,9 @@ def make_token_model(**changes: int) -> TokenModel:
 def make_ae(**changes: int) -> Autoencoder:
     values = {"vocab_size": 50, "k": 4, "latent_dim": 16, "embed_dim": 32, "num_layers": 4}
     return Autoencoder(AEConfig(**{**values, **changes}))
+
+
+@pytest.fixture
+def endless(tokenizer: TokenizerAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row ends before its last token."""
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 from conftest import make_student
@@ -78,3 +79,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
+
+
+def slow(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+    """Latent steps that take their time."""
+    step = served.batcher.sampler.step
+    monkeypatch.setattr(served.batcher.sampler, "step", lambda: time.sleep(seconds) or step())
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("out of memory")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from configs.errors import UserError
 from student import baseline, train_student
 from tools import ablate, evaluate
 from tools.grid import Grid, Run, current, load_grid, published, read_rows
-from tools.quality import but_for_k, gain_share, summary, write_section
+from tools.quality import but_for_k, gain_share, section, summary, write_section
 
 SHARED: dict[str, Any] = {
     "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "seq_len": 8, "batch_size": 4, "max_steps": 4, "lr": 1e-2,
@@ -334,8 +335,16 @@ def test_summary_goes_seed_by_seed() -> None:
 
 def test_figures_of_two_texts_are_marked_and_not_averaged_with_others() -> None:
     """BrierLM of rows from before n-grams were drawn in windows spread over all."""
+    cost = {
+        "train_flops": 1e15,
+        "inherited_flops": 0.0,
+        "training_tokens": 1e6,
+        "train_seconds": 1.0,
+        "environment": dict.fromkeys(("gpu", "processor", "torch", "commit")),
+    }
     old, new = {"brier_lm": 30.0, "brier_lm_all": 30.0}, {"brier_lm": 20.0, "brier_lm_all": 20.0, "brier_windows": 64}
-    rows = [row("both", 3.5) | old, row("both", 3.5, 1) | new, row("old", 3.5) | old, row("energy", 3.5) | {"brier_lm": 2.0}]
+    told = (("both", 0, old), ("both", 1, new), ("old", 0, old), ("energy", 0, {"brier_lm": 2.0}))
+    rows = [row(name, 3.5, seed) | figures | cost for name, seed, figures in told]
     roles = {"control": "c", "token_model": "t", "recommended": None}
     entries = {e["name"]: e for e in summary(rows, roles, {})}
     assert {name: e["brier_of_two_texts"] for name, e in entries.items()} == {"both": False, "old": True, "energy": False}

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +17,8 @@ import pytest
 from faulty_server import FaultyServer, good
 
 from configs.errors import UserError
-from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient, request_tokens, same_model
-from kd.limits import Gate, Patience, reset_s, retry_after_s
+from kd.kd_client import Answer, Dropped, ModelInfo, Stopped, TeacherClient, same_model
+from kd.limits import Patience
 from kd.settings import Settings
 from kd.store import Store
 
@@ -197,52 +196,6 @@ def test_a_long_retry_after_ends_the_run() -> None:
         ask(replies(httpx.Response(429, headers={"Retry-After": "9000"})))
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that stands still, for the limits."""
-    clock = SimpleNamespace(monotonic=lambda: 1000.0, time=lambda: 1.75e9)
-    monkeypatch.setattr("kd.limits.time", clock)
-    return clock
-
-
-def test_reset_headers(clock: SimpleNamespace) -> None:
-    assert reset_s("12") == 12 and reset_s("6m0s") == 360 and reset_s("20ms") == pytest.approx(0.02) and reset_s("soon") == 0
-    assert reset_s(str(clock.time() + 30)) == reset_s(str(clock.time() * 1000 + 30_000)) == 30
-    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and retry_after_s("2.5") == 2.5
-    assert retry_after_s("x") == retry_after_s(None) == 0
-    gate = Gate(None, None, QUICK)
-    gate.note({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": str(clock.time() + 5)})  # as on Venice
-    assert gate.wait_s() == 5
-    gate.note({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "9"})  # Venice: seconds
-    assert gate.wait_s() == 9
-    gate.note({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "999999"})
-    assert gate.wait_s() == 300
-
-
-def test_limits_follow_headers(clock: SimpleNamespace) -> None:
-    gate = Gate(600, 60_000, QUICK)
-    gate.take(1000)
-    assert gate.wait_s() == pytest.approx(1.0)  # 1000 tokens at 1000 a second
-    gate.correct(900)
-    assert gate.wait_s() == pytest.approx(0.1)  # one request at 10 a second
-    gate.note({"x-ratelimit-limit-requests": "60", "x-ratelimit-limit-tokens": "90000"})
-    assert (gate.rpm, gate.tpm) == (60, 60_000)
-    for unlimited in ("-1", "0", "nan", "none"):
-        gate.note({"x-ratelimit-limit-requests": unlimited, "x-ratelimit-limit-tokens": unlimited})
-    assert (gate.rpm, gate.tpm) == (60, 60_000)
-
-
-def test_limits_space_requests() -> None:
-    start = time.monotonic()
-
-    async def three(client: TeacherClient) -> None:
-        for _ in range(3):
-            await client.ask(BODY)
-
-    call(replies(httpx.Response(200, json=good())), three, rpm=300)
-    assert time.monotonic() - start >= 0.4
-
-
 def test_breaker_on_venice_keeps_below_twenty_failures() -> None:
     """All fail, 64 workers are asked for: at most 10 are in flight, and 9 failures pause the rest."""
     times: list[float] = []
@@ -265,124 +218,6 @@ def test_breaker_on_venice_keeps_below_twenty_failures() -> None:
 
 async def _ignore(job: Any, outcome: Answer | Dropped) -> None:
     pass
-
-
-def billed(asked: list[int], prompt_tokens: int) -> Any:
-    """A server with a price, which notes in `asked` what it is asked for."""
-
-    async def handler(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(200, json=PRICED)
-        asked.append(1)
-        await asyncio.sleep(0.01)
-        return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}})
-
-    return handler
-
-
-def test_budget_is_never_passed() -> None:
-    asked: list[int] = []
-
-    async def run(client: TeacherClient) -> float:
-        await client.models()
-        with pytest.raises(Stopped, match=r"the budget is used up.*--budget_usd is 0.05"):
-            await client.run(((n, BODY) for n in range(50)), _ignore)
-        return client.spent
-
-    spent = call(billed(asked, 14), run, budget_usd=0.05)  # type: ignore[arg-type]
-    assert len(asked) == 5 and spent == pytest.approx(5 * (14 * 10 + 9 * 1000) / 1e6) and spent <= 0.05
-    assert request_tokens(BODY) == (14, 10) and request_tokens({"prompt": [1, 2, 3]}) == (3, 0)
-
-
-@pytest.mark.parametrize(
-    ("models", "answer", "said"),
-    [
-        (PRICED, None, "$0.0000"),
-        ({"data": []}, good(), "price not known"),
-        ({"data": []}, {**good(), "cost": {"usd": 0.25}}, "$0.2500"),
-    ],
-)
-def test_what_is_not_known_is_not_called_nothing(models: dict[str, Any], answer: dict[str, Any] | None, said: str) -> None:
-    async def run(client: TeacherClient) -> str:
-        await client.models()
-        if answer is not None:
-            await client.ask(BODY)
-        return client.dollars
-
-    assert call(lambda request: httpx.Response(200, json=models if request.method == "GET" else answer), run) == said
-
-
-@pytest.mark.parametrize("settings", [VENICE, LOCAL])
-def test_no_budget_without_a_price(settings: Settings) -> None:
-    """Not even where answers tell their cost: before the first of them came, nothing would hold the others."""
-
-    async def run(client: TeacherClient) -> None:
-        assert await client.models() == []
-        with pytest.raises(Stopped, match=r"/v1 lists no price for teacher, so no budget can be held; leave --budget_usd out"):
-            await client.ask(BODY)
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        assert request.method == "GET"
-        return httpx.Response(200, json={"data": []})
-
-    call(handler, run, settings, budget_usd=0.0001)
-
-
-def test_the_reservation_is_an_upper_bound() -> None:
-    """A prompt of digits is a token a digit: three requests at once would pass a budget that holds one of them."""
-    asked: list[int] = []
-    digits = {**BODY, "messages": [{"role": "user", "content": "7" * 30_000}]}
-
-    async def run(client: TeacherClient) -> float:
-        await client.models()
-        with pytest.raises(Stopped, match="the budget is used up"):
-            await client.run(((n, digits) for n in range(3)), _ignore)
-        return client.spent
-
-    spent = call(billed(asked, 30_010), run, budget_usd=0.35)  # type: ignore[arg-type]
-    assert len(asked) == 1 and spent == pytest.approx((30_010 * 10 + 9 * 1000) / 1e6)
-
-
-@pytest.mark.parametrize(
-    ("outcome", "sent"),
-    [
-        (httpx.ReadTimeout("slow"), True),
-        (httpx.ReadError("lost"), True),
-        (httpx.RemoteProtocolError("lost"), True),
-        (httpx.Response(200, content=b"{"), True),
-        (httpx.Response(200, json={**good(), "model": "smaller"}), True),
-        (httpx.Response(200, json={**good(), "echo": KEY}), True),
-        (httpx.ConnectError("nobody"), False),
-        (httpx.ConnectTimeout("nobody"), False),
-        (httpx.Response(503), False),
-        (httpx.Response(400), False),
-    ],
-)
-def test_what_was_sent_and_brought_nothing_counts_against_the_budget(
-    outcome: httpx.Response | httpx.RequestError, sent: bool
-) -> None:
-    """The teacher may have written all of it, and charged for it."""
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(200, json=PRICED)
-        if isinstance(outcome, httpx.RequestError):
-            raise outcome
-        return outcome
-
-    async def run(client: TeacherClient) -> tuple[float, list[float]]:
-        lost: list[float] = []
-        client.on_lost = lost.append
-        await client.models()
-        with pytest.raises((Stopped, Dropped)):
-            await client.ask(BODY)
-        return client.spent, lost
-
-    patience = Patience(timeout_s=2.0, attempts=2, backoff_s=0.001, longest_s=0.01, window_s=0.05)
-    spent, lost = call(handler, run, patience=patience, budget_usd=1.0)
-    assert (spent >= 10 * 1000 / 1e6) == sent and spent == sum(lost)
-    if isinstance(outcome, httpx.RequestError) and sent:
-        assert len(lost) == 2
 
 
 def test_in_flight_answers_are_handled_when_another_stops_the_run() -> None:
