@@ -1,6 +1,6 @@
 # The server. CPU:  docker build -t latentforge .
 #             CUDA: docker build -t latentforge:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-# Run: docker run --rm -p 127.0.0.1:7860:7860 -v "$PWD/checkpoints:/checkpoints:ro" latentforge
+# Run: docker run --rm --stop-timeout 30 -p 127.0.0.1:7860:7860 -v "$PWD/checkpoints:/checkpoints:ro" latentforge
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 

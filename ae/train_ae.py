@@ -107,6 +107,7 @@ def main() -> None:
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_tokens": train.n_tokens,
         "train_config": as_dict(cfg),
     }
     figures = loop.fit("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, batch_at, loss, validate, content)

@@ -232,6 +232,7 @@ def fit(
             run.log(f"{name}: --lr_decay {cfg.lr_decay:g} is laid out anew for {total} steps: the rate goes on at {rate:.3g}")
     run.describe(as_dict(cfg))
     run.go_on_from(first)
+    data = _data_of(content)
 
     def save_model(step: int, figures: dict[str, Any]) -> None:
         weights = replicas.weights()
@@ -239,7 +240,7 @@ def fit(
             save_checkpoint(folder / f"{name}.pt", name, {**content, "state": weights, "step": step, "figures": figures})
 
     def save(step: int) -> None:
-        about = {"config": content["config"], "train_config": content["train_config"], "step": step}
+        about = {"config": content["config"], "train_config": content["train_config"], "data": data, "step": step}
         if replicas.sharded:
             replicas.save_shards(shards, every, about)
         elif here.first:
@@ -329,9 +330,20 @@ def _saved_state(
         if (was := before.get(key, default)) != (asked := now.get(key, default)):
             raise UserError(f"--resume: {path} was saved with --{key} {was}, got {asked}; go on with {was}")
     changed = [key for key in now if key in before and before[key] != now[key] and key not in FREE_ON_RESUME]
-    if other := [f"{key} {before[key]} -> {now[key]}" for key in changed]:
+    other = [f"{key} {before[key]} -> {now[key]}" for key in changed]
+    data, was = _data_of(content), state.get("data") or _data_of(content)  # saves from before they told it have none
+    if was["tokenizer"] != data["tokenizer"]:
+        raise UserError(f"--resume: {path} was trained on data of another tokenizer than {cfg.data}'s; train without --resume")
+    if was["tokens"] != data["tokens"]:
+        other.append(f"data of {was['tokens']:,} -> {data['tokens']:,} tokens")
+    if other:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
     return state
+
+
+def _data_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What a save says of the text that it was trained on, which the folder's name does not tell."""
+    return {"tokenizer": content["tokenizer"]["fingerprint"], "tokens": content["train_tokens"]}
 
 
 def _not_finite(

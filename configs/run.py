@@ -8,6 +8,7 @@ place) it belongs to. Of training states the last two are kept.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -198,6 +199,9 @@ def _tensorboard_writer() -> Callable[[str], Any]:
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
+UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # what says nothing of a file's content
+
+
 class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
@@ -247,8 +251,8 @@ def remove_temporaries(folder: Path, name: str) -> None:
 def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
     """Read a checkpoint of `kind` onto the CPU.
 
-    Raises UserError when it is missing, no checkpoint of ours, of another kind or of another format version, and Damaged
-    when it is cut short or a bit of it has changed.
+    Raises UserError when it is missing, cannot be read, is no checkpoint of ours, of another kind or of another format
+    version, and Damaged when it is cut short or a bit of it has changed.
     """
     path = Path(path)
     makers = {"ae": "ae/train_ae.py", "student": "student/train_student.py", "token_model": "student/baseline.py"}
@@ -266,6 +270,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict[str, Any]:
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own: a damaged file can end in almost any
+        if isinstance(error, OSError) and error.errno in UNREADABLE:
+            raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); it may be sound") from None
         reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise Damaged(
             f"checkpoint {path} is damaged or no PyTorch file ({reason}, {path.stat().st_size} bytes); write it again"

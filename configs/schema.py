@@ -169,7 +169,13 @@ def _base_type(kind: Any) -> tuple[type, bool]:
 
 def _coerce(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     base, optional = _base_type(kind)
-    if optional and (value is None or (isinstance(value, str) and value.lower() in ("", "none", "null", "auto"))):
+    unset = (
+        "none",
+        "null",
+        "auto",
+        *([""] if base not in (int, float) else []),
+    )  # --budget_usd "$UNSET" is no wish for no limit
+    if optional and (value is None or (isinstance(value, str) and value.lower() in unset)):
         return None
     try:
         if base is bool:

@@ -46,12 +46,14 @@ from kd.kd_client import (
 )
 from kd.limits import Patience
 from kd.prompts import TEMPLATE, HarvestConfig, Job, Prompts
-from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, wire_top
+from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, text_of_answer, wire_top
 from kd.settings import Settings
 from kd.store import Store, request_key
 
 PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says
-ALL_MISALIGNED = 20  # answers, none of which aligns: it is the wrong tokenizer
+ALL_MISALIGNED = 20  # answers, none of which can be used: it is the wrong tokenizer, or a model that writes no text
+NO_TEXT = "the teacher wrote no text"
+IF_NO_TEXT = "one that thinks first needs more --max_new_tokens; one that answers at once teaches more for the money"
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Summary:
     top_logprobs: int | None = None
     dropped: Counter[str] = field(default_factory=Counter)  # prompts without an answer
     aligned: int = 0
-    misaligned: Counter[str] = field(default_factory=Counter)  # answers that are kept but cannot be used with this tokenizer
+    misaligned: Counter[str] = field(default_factory=Counter)  # answers that are kept but cannot be used, by the reason
     errors: Counter[str] = field(default_factory=Counter)  # requests that were tried again
     spent: str = "nothing"  # of the store, for people
 
@@ -75,7 +77,7 @@ class Summary:
         if self.answers + self.found:
             kind = f"token-level, top {self.top_logprobs}" if self.top_logprobs else "sequence-level (text alone)"
             yield f"kind of distillation: {kind}"
-        for what, counts in (("dropped", self.dropped), ("not aligned", self.misaligned), ("tried again", self.errors)):
+        for what, counts in (("dropped", self.dropped), ("cannot be used", self.misaligned), ("tried again", self.errors)):
             if counts:
                 yield f"{what}: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
 
@@ -115,6 +117,10 @@ class Harvest:
         with tqdm(total=cfg.n_tokens, unit="tok", unit_scale=True, desc="harvest", mininterval=0.5) as self.bar:
             await client.run(self._missing(), self._handle)
         if self.summary.tokens < cfg.n_tokens and cfg.mode == "score":
+            if missing := self.summary.dropped.total():
+                raise UserError(
+                    f"{missing:,} requests got no answer, the rest of {cfg.data} is scored; run it again to ask for them"
+                )
             self.log(f"all of {cfg.data} is scored: {self.summary.tokens:,} tokens")
         elif self.summary.tokens < cfg.n_tokens:
             raise UserError(
@@ -125,13 +131,19 @@ class Harvest:
     async def _probe(self) -> Answer | None:
         """Find out what logprobs there are: from the first prompt's stored answer, else by asking for it."""
         cfg, client = self.cfg, self.client
-        problem = Dropped("no prompts")
+        problem, held = Dropped("no prompts"), len(self.store)
         steps = [k for k in (cfg.top_logprobs, *STEPS_DOWN) if 0 < k <= cfg.top_logprobs]
         for job in islice(self.prompts, PROBED):
             for fields in (*(logprob_fields(job.body, k) for k in steps), {}):
                 if (stored := self.store.get(self._key({**job.body, **fields}))) is not None:
                     self.fields, self.summary.top_logprobs = fields, wire_top(stored.answer)
                     return None
+            if held and not cfg.whole_store:
+                self.log(
+                    f"{self.store.path} has no answer to the first prompt: its {held:,} answers, to other prompts or settings, "
+                    "do not count towards --n_tokens (--whole_store counts them)"
+                )
+                held = 0  # said once
             try:
                 answer, self.fields, self.summary.top_logprobs = await client.probe(job.body, cfg.top_logprobs)
             except Dropped as error:
@@ -195,8 +207,11 @@ class Harvest:
             refresh=False,
         )
         if not summary.aligned and summary.misaligned.total() >= ALL_MISALIGNED:
+            reason, _ = summary.misaligned.most_common(1)[0]
+            if reason == NO_TEXT:
+                raise Stopped(f"none of {ALL_MISALIGNED} answers can be used: {NO_TEXT}; {IF_NO_TEXT}")
             raise Stopped(
-                f"none of {ALL_MISALIGNED} answers aligns with the tokenizer ({summary.misaligned.most_common(1)[0][0]}): give "
+                f"none of {ALL_MISALIGNED} answers aligns with the tokenizer ({reason}): give "
                 "--tokenizer of this teacher, or --top_logprobs 0 for its text alone; tools/verify_api.py shows more"
             )
 
@@ -208,7 +223,7 @@ class Harvest:
             self.summary.misaligned[misaligned] += 1
 
     def _commit(self, job: Job, answer: Answer) -> str | None:
-        """Put the answer on the disk; returns why the tokenizer cannot align it (None: it can, or there is none)."""
+        """Put the answer on the disk; returns why it cannot be used; None: it can, or there is no tokenizer to tell."""
         self.store.put(
             job.body,
             answer.raw,
@@ -219,6 +234,8 @@ class Harvest:
             completion_tokens=self._taught(answer),
             cost=answer.cost,
         )
+        if self.cfg.mode != "score" and not text_of_answer(answer.body):
+            return NO_TEXT
         if self.table is not None:
             try:
                 text_alone = not self.cfg.top_logprobs
@@ -247,6 +264,7 @@ class Harvest:
             + ("by the first answer: about " if first else "before an answer shows their length: at least ")
             + f"{calls:,} calls, {prompts:,} prompt tokens, {'no price listed' if dollars is None else f'${dollars:.2f}'}, "
             + (f"{minutes:.0f} minutes" if minutes else "time unknown before the first call (no --rpm or --tpm)")
+            + (f"; at most ${cfg.budget_usd:g} in all" if cfg.budget_usd is not None else "; no --budget_usd, so no limit")
         )
 
 

@@ -5,8 +5,8 @@ What it holds to:
 - RPM and TPM as given, corrected from the server's headers; Retry-After; both reset headers (`x-ratelimit-reset-requests`
   is a UNIX timestamp on Venice, `-tokens` seconds, and OpenAI writes "6m0s").
 - 408, 429, 5xx, timeouts, lost connections and broken bodies are tried again after a random part of a doubling delay (full
-  jitter). 400, 413, 415 and 422 cost one prompt, which is `Dropped`; 401, 402, 403, 404 and redirects end the run
-  (`Stopped`), and so do a budget that is used up, an answer of another model, and 20 prompts dropped in a row.
+  jitter). 400, 413, 415 and 422 cost one prompt, which is `Dropped`; 401, 402, 403, 404, redirects and a 429 for want of
+  money end the run (`Stopped`), and so do a budget used up, an answer of another model, and 20 prompts dropped in a row.
 - The budget counts what was sent and brought nothing, too (a timeout, a broken body): the teacher may have written, and
   charged for, all that was asked for. Only what did not leave this machine or got an error status is taken to cost nothing.
 - A breaker: 9 failures within 30 s pause everything until 30 s after the last one. Venice blocks a key at more than 20
@@ -180,6 +180,7 @@ class TeacherClient:
         self.gate = Gate(rpm, tpm, self.patience)
         self.budget_usd, self.spent, self._reserved = budget_usd, 0.0, 0.0
         self.model = ModelInfo(settings.model)  # with its price once `models` was asked
+        self.listed: set[str] = set()  # the models' names, once `models` was asked
         self.errors: Counter[str] = Counter()
         self.on_lost: Callable[[float], None] = lambda dollars: None
         self.headers: httpx.Headers = httpx.Headers()  # of the last response
@@ -229,6 +230,7 @@ class TeacherClient:
         rows = body["data"] if isinstance(body.get("data"), list) else []
         found = [ModelInfo.parse(row) for row in rows if isinstance(row, dict)]
         self.model = next((model for model in found if model.name == self.settings.model), self.model)
+        self.listed = {model.name for model in found}
         return found
 
     async def get(self, path: str) -> dict[str, Any]:
@@ -304,7 +306,7 @@ class TeacherClient:
         read: Callable[[httpx.Response], Any],
         attempts: int | None = None,
     ) -> Any:
-        problem, attempts, content = "", attempts or self.patience.attempts, canonical(body) if body else None
+        problem, said, attempts, content = "", "", attempts or self.patience.attempts, canonical(body) if body else None
         for attempt in range(attempts):
             reserved = lost = await self._enter(body)
             asked_to_wait = 0.0
@@ -319,20 +321,22 @@ class TeacherClient:
                     found, lost = read(response), 0.0
                     return found
                 lost = 0.0
+                problem, said = f"HTTP {status}", _error_text(response, self.settings.api_key)
+                if (status not in TRY_AGAIN and status < 500) or _out_of_quota(response):
+                    self.gate.failed()
+                    self._refuse(status, said)
                 asked_to_wait = retry_after_s(response.headers.get("retry-after"))
-                problem = f"HTTP {status}"
                 if asked_to_wait > LONGEST_WAIT_S:
                     raise Stopped(
-                        f"{problem}: the server asks to wait for {asked_to_wait:.0f} s. The same command goes on then"
+                        f"{problem} ({said}): the server asks to wait for {asked_to_wait:.0f} s. The same command goes on then"
                     )
-                if status not in TRY_AGAIN and status < 500:
-                    self.gate.failed()
-                    self._refuse(status, _error_text(response, self.settings.api_key))
             except _Broken as error:
-                problem = f"broken answer: {error}"
+                problem, said = f"broken answer: {error}", ""
+            except _Failed as error:
+                problem, said, lost = "HTTP 200 with an error", str(error), 0.0
             except (httpx.RequestError, asyncio.TimeoutError) as error:
                 timeout = isinstance(error, (httpx.TimeoutException, asyncio.TimeoutError))
-                problem = "timeout" if timeout else f"connection: {type(error).__name__}"
+                problem, said = "timeout" if timeout else f"connection: {type(error).__name__}", ""
                 lost = 0.0 if isinstance(error, NOT_SENT) else lost
             finally:
                 self._reserved -= reserved
@@ -346,7 +350,7 @@ class TeacherClient:
             if attempt + 1 < attempts:
                 delay = random.uniform(0, min(self.patience.longest_s, self.patience.backoff_s * 2**attempt))
                 await self._sleep(asked_to_wait + delay)
-        raise Dropped(f"gave up after {attempts} attempts", problem)
+        raise Dropped(f"gave up after {attempts} attempts", f"{problem}: {said}" if said else problem)
 
     async def _enter(self, body: Mapping[str, Any]) -> float:
         """Wait until a request may go out; returns the most dollars that it can cost, now reserved.
@@ -357,6 +361,8 @@ class TeacherClient:
         budget = float("inf") if self.budget_usd is None else self.budget_usd
         if body and self.budget_usd is not None and self.model.cost(0, 0) is None:
             url, name = self.settings.base_url, self.settings.model
+            if self.listed and name not in self.listed:
+                raise Stopped(f"{name} is not among the models that {url} lists, so no budget can be held; check VENICE_MODEL")
             raise Stopped(f"{url} lists no price for {name}, so no budget can be held; leave --budget_usd out")
         while True:
             if self.stopped is not None:
@@ -386,7 +392,8 @@ class TeacherClient:
     def _refuse(self, status: int, said: str) -> None:
         if status in COSTS_ONE_PROMPT:
             raise Dropped(f"HTTP {status}", said, status)
-        raise Stopped(f"the teacher refused with HTTP {status} ({said}): {ADVICE.get(status, 'check VENICE_BASE_URL')}", status)
+        advice = ADVICE.get(402 if status in TRY_AGAIN else status, "check VENICE_BASE_URL")
+        raise Stopped(f"the teacher refused with HTTP {status} ({said}): {advice}", status)
 
     def _read(self, body: Mapping[str, Any], response: httpx.Response, start: float) -> Answer:
         """The answer of a response with status 200. Raises _Broken for one to try again, Stopped, Dropped."""
@@ -396,6 +403,8 @@ class TeacherClient:
             choices = choices_of(answer) if "choices" in answer else []
         except Misaligned:
             choices = []
+        if not choices and answer.get("error"):
+            raise _Failed(_error_text(response, self.settings.api_key))
         if not choices or not all(isinstance(c.get("message"), dict) or isinstance(c.get("text"), str) for c in choices):
             raise _Broken("no choices")
         if len(self.settings.api_key) >= SECRET and self.settings.api_key.encode() in raw:
@@ -423,6 +432,10 @@ class _Broken(Exception):
     """A body with status 200 that is no answer."""
 
 
+class _Failed(Exception):
+    """A body with status 200 that says what went wrong, as gateways pass on an error of the server behind them."""
+
+
 def logprob_fields(body: Mapping[str, Any], k: int) -> dict[str, Any]:
     """What asks for `k` top logprobs in a request of that kind."""
     return {"logprobs": True, "top_logprobs": k} if "messages" in body else {"logprobs": k}
@@ -436,6 +449,15 @@ def _json(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _Broken("no JSON object")
     return body
+
+
+def _out_of_quota(response: httpx.Response) -> bool:
+    """Whether a 429 says that waiting will not help: OpenAI's, for a balance that is used up."""
+    try:
+        error = _dict(_json(response.content).get("error"))
+    except _Broken:
+        return False
+    return response.status_code == 429 and "insufficient_quota" in (error.get("code"), error.get("type"))
 
 
 def _error_text(response: httpx.Response, key: str) -> str:

@@ -148,6 +148,14 @@ def text_of(choice: Mapping[str, Any]) -> str:
     return text
 
 
+def text_of_answer(answer: Mapping[str, Any]) -> str:
+    """All that an answer's choices say; empty where they say nothing."""
+    try:
+        return "".join(map(text_of, choices_of(answer)))
+    except Misaligned:
+        return ""
+
+
 def parse_answer(
     request: Mapping[str, Any],
     answer: Mapping[str, Any],

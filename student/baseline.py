@@ -139,9 +139,10 @@ def main() -> None:
     from student.distillation import open_teacher  # here, since the models of this package import this file
 
     cfg = parse_config(LMTrainConfig, __doc__)
-    teacher = open_teacher(cfg, cfg.seq_len * cfg.k) if cfg.use_kd else None
-    train, val = PackedData.pair(teacher.folder if teacher else cfg.data)
-    shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=train.meta["vocab_size"])
+    text = PackedData(Path(str((cfg.use_kd and cfg.kd_data) or cfg.data)) / "train")
+    shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=text.meta["vocab_size"])
+    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # it costs money: all that can be checked before, is
+    train, val = PackedData.pair(teacher.folder) if teacher else PackedData.pair(cfg.data)
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     val.require_window(shape.context)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
@@ -179,6 +180,7 @@ def main() -> None:
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_tokens": train.n_tokens,
         "train_config": as_dict(cfg),
         "distillation": teacher.about() if teacher else None,
     }

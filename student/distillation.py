@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ae.chunks import PackedData
+from ae.chunks import PackedData, tokenizer_record
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs import loop
 from configs.errors import UserError
 from configs.files import read_json
 from configs.parallel import world
+from configs.run import pick_device
 from configs.schema import LMTrainConfig
 from kd.harvest import HarvestConfig, harvest, store_path
 from kd.kd_batcher import PACKING, KDShard, pack_answers
@@ -161,6 +162,11 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         top_logprobs=cfg.kd_k,
         budget_usd=cfg.kd_budget_usd,
     )
+    data = PackedData(Path(cfg.data) / "train")
+    pick_device(
+        cfg.device
+    )  # a device that is not there, or a folder that cannot be written to, is told before it costs anything
+    tokenizer_record(data, cfg.checkpoint_dir)
     path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())
     folder = path.with_name(f"{path.stem}-packed")
     with Store(path) as store, store.harvesting(wait=_log):  # a second training waits, and finds what the first one packed
@@ -174,7 +180,6 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
             except Interrupted:
                 raise KeyboardInterrupt from None
         answers = len(store)
-        data = PackedData(Path(cfg.data) / "train")
         made_of = {"store_answers": answers, "kd_asked": cfg.kd_k, "tokenizer_fingerprint": data.fingerprint}
         meta = folder / "train" / "meta.json"
         if meta.exists():

@@ -63,20 +63,21 @@ def main() -> None:
             raise UserError(
                 f"--{name} {asked} disagrees with {cfg.ae_ckpt}, which has {name} {has}; leave the flag out or train another AE"
             )
-    teacher = open_teacher(cfg, cfg.seq_len * ae.k) if cfg.use_kd else None
-    folder = str(teacher.folder) if teacher else cfg.data
-    train, val = PackedData.pair(folder)
-    check_fingerprint(ae_content["tokenizer"]["fingerprint"], train.fingerprint, cfg.ae_ckpt, folder)
+    data = str((cfg.use_kd and cfg.kd_data) or cfg.data)
+    text = PackedData(Path(data) / "train")  # a teacher's answers are packed with the same tokenizer
+    check_fingerprint(ae_content["tokenizer"]["fingerprint"], text.fingerprint, cfg.ae_ckpt, data)
     cfg.k, cfg.latent_dim = ae.k, ae.latent_dim
     if cfg.latents == "none":
         cfg.mse_w = 0.0  # no latent is predicted
     shape = StudentConfig(
         **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim,
-        ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=train.meta["pad_id"],
+        ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=text.meta["pad_id"],
         local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents, local_qk_norm=cfg.local_qk_norm,
         local_memory=cfg.local_memory, latent_bypass=cfg.latent_bypass, local_tokens=cfg.local_tokens,
         local_ffn_dim=cfg.local_ffn_dim,
     )  # fmt: skip
+    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # it costs money: all that can be checked before, is
+    train, val = PackedData.pair(teacher.folder) if teacher else PackedData.pair(cfg.data)
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     val.require_window(shape.context)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
@@ -132,6 +133,7 @@ def main() -> None:
     content = {
         "config": as_dict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
+        "train_tokens": train.n_tokens,
         "train_config": as_dict(cfg),
         "distillation": teacher.about() if teacher else None,
     }

@@ -82,6 +82,8 @@ def odd(kind: str) -> dict[str, Any]:
         tokens[1]["logprob"] = tokens[0]["top_logprobs"][1]["logprob"] = -9999.0
     elif kind == "duplicate":
         tokens[0]["top_logprobs"].append(entry(" cat", -3.0))
+    elif kind == "empty":  # as of a model that has spent its tokens on thoughts
+        answer["choices"][0] = chat_answer("", None)["choices"][0]
     elif kind == "fragment":
         tokens[2] = entry("\ufffd")
     return answer

@@ -184,6 +184,24 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
         load_state(path, "ae.state", log.append)
 
 
+def test_a_state_that_cannot_be_read_does_not_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that it is damaged: the disk, or the rights to the file, may be."""
+    path = tmp_path / "ae.state.pt"
+    for step in (1, 2):
+        save_checkpoint(path, "ae.state", {"step": step}, state_before(path))
+
+    def unreadable(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot be read \(Input/output error\); it may be sound"),
+    ):
+        patch.setattr(torch, "load", unreadable)
+        load_state(path, "ae.state", lambda line: None)
+    assert load_state(path, "ae.state", lambda line: None)["step"] == 2 and len(saved_states(path)) == 2
+
+
 def test_pickles_are_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:

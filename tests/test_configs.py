@@ -11,6 +11,7 @@ from ae import train_ae
 from configs.errors import UserError
 from configs.loop import learning_rate
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
+from kd.harvest import HarvestConfig
 from student import baseline, train_student
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -36,6 +37,14 @@ def test_the_command_in_a_trainers_docstring_is_read(
     monkeypatch.chdir(FOLDER.parent)
     _, path, *flags = next(line.split() for line in (script.__doc__ or "").splitlines() if "--config" in line)
     assert Path(path).samefile(script.__file__ or "") and isinstance(parse_config(kind, None, flags), kind)
+
+
+@pytest.mark.parametrize("flag", ["--budget_usd", "--rpm"])
+def test_a_number_left_empty_is_no_number(flag: str) -> None:
+    """Above all not the wish for no limit, as of `--budget_usd "$UNSET"`."""
+    with pytest.raises(UserError, match=rf"{flag[2:]}: expected float, got ''"):
+        parse_config(HarvestConfig, None, [flag, ""])
+    assert parse_config(HarvestConfig, None, [flag, "none"]).budget_usd is None
 
 
 @pytest.mark.parametrize("kind", ["demo", ""])

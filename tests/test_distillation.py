@@ -157,7 +157,7 @@ def test_a_text_teacher_s_answers_serve_another_tokenizer(
     shutil.rmtree(tmp_path / "t-packed")
     kd = [*world.train_flags(tmp_path), *SMALL_LM, "--data", data, "--ae_ckpt", world.ae, "--use_kd", "--kd_store", store]
     assert run_script(train_student, *kd, "--kd_tokens", 1) == 2
-    assert f"another tokenizer ({before.fingerprint[:12]}) than {tmp_path / 't-packed'}" in capsys.readouterr().err
+    assert f"another tokenizer ({before.fingerprint[:12]}) than {data} (" in capsys.readouterr().err
 
 
 def test_resume_is_exact(world: World, at_teacher: Path) -> None:
@@ -221,6 +221,14 @@ def test_a_teacher_without_logprobs(world: World, at_teacher: Path, capsys: pyte
     assert all(torch.equal(out["kd"]["state"][key], out["twice"]["state"][key]) for key in out["kd"]["state"])
 
 
+def make_world_of_another_tokenizer(folder: Path) -> Path:
+    """Packed data whose tokenizer has as many words as the small world's, but other ones."""
+    data, tokenizer = folder / "foreign", folder / "foreign-tokenizer"
+    assert run_script(train_tokenizer, "--input", ROOT / "kd", "--output", tokenizer, "--vocab_size", 320) == 0
+    assert run_script(data_packing, "--input", ROOT / "kd", "--output", data, "--tokenizer", tokenizer, "--k", 4) == 0
+    return data
+
+
 def test_a_harvest_that_fails_ends_the_training_in_one_line(
     world: World, at_teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +237,17 @@ def test_a_harvest_that_fails_ends_the_training_in_one_line(
         monkeypatch.setenv("VENICE_BASE_URL", server.url)
         assert run_script(train_student, *flags, "--kd_budget_usd", 1) == 2
         assert "no budget can be held" in capsys.readouterr().err and not server.log
+    with FaultyServer() as server:  # what can be told before it costs anything, is
+        monkeypatch.setenv("VENICE_BASE_URL", server.url)
+        monkeypatch.setenv("VENICE_MODEL", "teacher")
+        foreign = make_world_of_another_tokenizer(at_teacher)
+        for more, told in (
+            (("--data", foreign), "was made with another tokenizer"), (("--device", "cuda:99"), "cannot be used"),
+            (("--checkpoint_dir", at_teacher / "file" / "below"), "Not a directory"), (("--num_heads", 3), "num_heads"),
+        ):  # fmt: skip
+            (at_teacher / "file").touch()
+            assert run_script(train_student, *flags, *more) == 2
+            assert told in capsys.readouterr().err and not server.log
     assert run_script(train_student, *flags, "--kd_data", world.data) == 2
     assert "without a teacher's rows" in capsys.readouterr().err
 

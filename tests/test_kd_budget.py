@@ -76,6 +76,17 @@ def test_no_budget_without_a_price(settings: Settings) -> None:
     call(handler, run, settings, budget_usd=0.0001)
 
 
+def test_a_mistyped_model_is_no_reason_to_give_the_budget_up() -> None:
+    async def run(client: TeacherClient) -> None:
+        await client.models()
+        with pytest.raises(
+            Stopped, match=r"teacher is not among the models that .*/v1 lists, so no budget can be held; check VENICE_MODEL$"
+        ):
+            await client.ask(BODY)
+
+    call(lambda request: httpx.Response(200, json={"data": [{"id": "teechar"}]}), run, budget_usd=1.0)
+
+
 def test_the_reservation_is_an_upper_bound() -> None:
     """A prompt of digits is a token a digit: three requests at once would pass a budget that holds one of them."""
     asked: list[int] = []

@@ -102,7 +102,6 @@ def test_tried_again(status: int) -> None:
     [
         httpx.Response(200, content=b'{"choices": [{"mess'),
         httpx.Response(200, json=[1]),
-        httpx.Response(200, json={"error": "overloaded"}),
         httpx.Response(200, json={"choices": []}),
         httpx.Response(200, json={"choices": [{"logprobs": None}]}),
         httpx.Response(200, content=b"[" * 100_000),
@@ -129,8 +128,36 @@ def test_lost_connections_are_tried_again(error: type[httpx.RequestError]) -> No
 
 
 def test_gives_up() -> None:
-    with pytest.raises(Dropped, match=r"gave up after 4 attempts \(HTTP 500\)"):
+    with pytest.raises(Dropped, match=r"gave up after 4 attempts \(HTTP 500: Internal Server Error\)"):
         ask(replies(httpx.Response(500)))
+
+
+def test_an_error_with_status_200_costs_nothing_and_is_told() -> None:
+    """As gateways pass on what the server behind them said; its text stands in the last line, without the key."""
+    lost: list[float] = []
+
+    async def run(client: TeacherClient) -> float:
+        client.on_lost = lost.append
+        await client.models()
+        with pytest.raises(Dropped, match=r"gave up after 4 attempts \(HTTP 200 with an error: \[key\] overloaded\)"):
+            await client.ask(BODY)
+        return client.spent
+
+    said = httpx.Response(200, json={"error": {"message": f"{KEY} overloaded"}})
+    assert call(lambda request: httpx.Response(200, json=PRICED) if request.method == "GET" else said, run) == 0 and not lost
+
+
+@pytest.mark.parametrize("field", ["code", "type"])
+def test_a_429_for_want_of_money_ends_the_run(field: str) -> None:
+    calls: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls.append(1)
+        return httpx.Response(429, json={"error": {"message": "You exceeded your quota", field: "insufficient_quota"}})
+
+    with pytest.raises(Stopped, match=r"HTTP 429 \(You exceeded your quota\): .*top it up") as caught:
+        ask(handler)
+    assert len(calls) == 1 and caught.value.status == 429
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
@@ -150,9 +177,11 @@ def test_refused_prompts_cost_one_call(status: int) -> None:
     ("status", "advice"),
     [(401, "VENICE_API_KEY"), (402, "top it up"), (403, "may not"), (404, "model's name"), (302, "BASE_URL")],
 )
-def test_what_ends_the_run(status: int, advice: str) -> None:
+@pytest.mark.parametrize("wait", [None, "3600"])
+def test_what_ends_the_run(status: int, advice: str, wait: str | None) -> None:
+    """Whatever the server says of waiting: it would not help."""
     with pytest.raises(Stopped, match=advice) as caught:
-        ask(replies(httpx.Response(status, json={"error": {"message": "no"}})))
+        ask(replies(httpx.Response(status, json={"error": {"message": "no"}}, headers={"Retry-After": wait} if wait else {})))
     assert caught.value.status == status
 
 
@@ -192,8 +221,8 @@ def test_an_answers_headers_correct_the_limits() -> None:
 
 
 def test_a_long_retry_after_ends_the_run() -> None:
-    with pytest.raises(Stopped, match="asks to wait for 9000 s"):
-        ask(replies(httpx.Response(429, headers={"Retry-After": "9000"})))
+    with pytest.raises(Stopped, match=r"HTTP 429 \(daily limit\): the server asks to wait for 9000 s"):
+        ask(replies(httpx.Response(429, json={"error": "daily limit"}, headers={"Retry-After": "9000"})))
 
 
 def test_breaker_on_venice_keeps_below_twenty_failures() -> None:

@@ -371,6 +371,20 @@ def test_a_wrong_tokenizer_stops_before_it_costs_much(packed: World, tmp_path: P
         assert len(server.log) <= 25
 
 
+def test_a_teacher_that_writes_nothing_stops_before_it_costs_much(tmp_path: Path) -> None:
+    """With a tokenizer or without; one that does so now and then goes on, and it is counted."""
+    with FaultyServer(lambda n, prompt: "odd empty") as server:
+        with pytest.raises(Stopped, match=r"none of 20 answers can be used: the teacher wrote no text.*--max_new_tokens"):
+            quiet(config(tmp_path, 100, concurrency=2), server.url)
+        assert 20 <= len(server.log) <= 22
+    with FaultyServer(lambda n, prompt: "good" if n % 10 == 0 else "odd empty") as server:
+        lines: list[str] = []
+        cfg = config(tmp_path, 100, concurrency=2, store=str(tmp_path / "other.sqlite"), n_tokens=150)
+        harvest(cfg, Settings(server.url, "teacher", KEY), QUICK, log=lines.append)
+    empty = sum(what == "odd empty" for _, what, _ in server.log)
+    assert empty > 30 and f"cannot be used: {empty} x the teacher wrote no text" in lines
+
+
 def test_its_text_alone_needs_no_tokenizer_of_the_teacher(packed: World, tmp_path: Path) -> None:
     """Nothing is misaligned where no logprobs are asked for; logprobs that were stored before are left out."""
     tokenizer = TokenizerAdapter.load(packed.root / "tokenizer")
@@ -389,6 +403,24 @@ def test_its_text_alone_needs_no_tokenizer_of_the_teacher(packed: World, tmp_pat
         counts = pack_answers(store, tokenizer, tmp_path / "kd", k=0)
     assert KDShard(tmp_path / "kd" / "train").kind == "sequence" and not any("left out" in what for what in counts)
     assert counts["train documents"] + counts["val documents"] == summary.aligned  # the equal ones of both harvests once
+
+
+def test_answers_to_other_prompts_are_said_not_to_count(tmp_path: Path) -> None:
+    def said(**more: Any) -> list[str]:
+        lines: list[str] = []
+        harvest(
+            config(tmp_path, 100, n_tokens=6, concurrency=1, **more),
+            Settings(server.url, "teacher", KEY),
+            QUICK,
+            log=lines.append,
+        )
+        return [line for line in lines if "do not count towards --n_tokens (--whole_store counts them)" in line]
+
+    with FaultyServer() as server:
+        assert not said() and not said()
+        (line,) = said(max_new_tokens=100)
+        assert "has no answer to the first prompt: its 2 answers" in line
+        assert not said(max_new_tokens=99, whole_store=True)
 
 
 def test_logprobs_that_no_tokenizer_checks_are_said(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from configs.loop import optimizers
 from configs.run import load_state, save_checkpoint
 from configs.schema import StudentTrainConfig
 from student import baseline, train_student
+from tools import data_packing, train_tokenizer
 
 SCRIPTS = {"ae": train_ae, "token_model": baseline, "student": train_student}
 
@@ -75,6 +77,30 @@ def test_resume_refuses_another_model_and_no_state(world: World, tmp_path: Path,
     assert (tmp_path / "run/config.yaml").read_text() == described  # still of the run that is there
     assert run_script(train_ae, *flags, "--max_steps", 2, "--resume", "--lr", 0.5) == 0
     assert "another run than the one that was saved: lr 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_resume_notices_other_text_behind_the_same_name(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More or less of it is said; another tokenizer's is refused, as the weights would be saved under its name."""
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--data", data]
+    assert run_script(train_ae, *flags, "--max_steps", 2) == 0
+    n_tokens = PackedData(data / "train").n_tokens
+    packing = [data_packing, "--output", data, "--seq_len", 32, "--k", 4, "--val_split", 0.3, "--tokenizer"]
+    shutil.rmtree(data)
+    assert run_script(*packing, world.root / "tokenizer", "--input", ROOT / "ae") == 0
+    assert run_script(train_ae, *flags, "--max_steps", 3, "--resume") == 0
+    assert f"data of {n_tokens:,} -> {PackedData(data / 'train').n_tokens:,} tokens" in capsys.readouterr().err
+    shutil.rmtree(data)
+    other = tmp_path / "tokenizer"
+    assert run_script(train_tokenizer, "--input", ROOT / "kd", "--output", other, "--vocab_size", 320) == 0
+    assert run_script(*packing, other, "--input", ROOT / "ae") == 0
+    before = (tmp_path / "checkpoints/ae.pt").read_bytes()
+    assert run_script(train_ae, *flags, "--max_steps", 3, "--resume") == 2  # which would train no step
+    assert "ae.state.pt was trained on data of another tokenizer" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints/ae.pt").read_bytes() == before
 
 
 def test_resume_refuses_fewer_steps(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

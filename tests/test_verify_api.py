@@ -65,6 +65,13 @@ def test_restrictions_are_stated(packed: World, capsys: pytest.CaptureFixture[st
     )
 
 
+def test_an_answer_without_text_is_a_restriction(capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultyServer(lambda n, prompt: "odd empty") as server:
+        server.models = [TEACHER]
+        assert check(server) == 1
+    assert "the teacher wrote no text in 3 tokens: one that thinks first needs more --max_new_tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("what", "advice"),
     [("401", "check VENICE_API_KEY"), ("402", "top it up"), ("500", "gave up after 3"), ("swapped", "--allow_other_model")],

@@ -18,6 +18,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from ae.ae_model import load_ae
@@ -176,15 +177,17 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).is_file():
         raise UserError(f"--output {args.output} is a file; name a folder")
-    if args.baseline:
-        if args.ae or args.data:
-            raise UserError(
-                "--baseline is a token-level model: it has no autoencoder and gets no card; leave --ae and --data out"
-            )
-        export_token_model(args.baseline, args.output)
-        print(f"{args.output}: config.json, model.safetensors, tokenizer.json")
-        return
-    print(f"{args.output}: {', '.join(export_student(args.student, args.ae, args.output, args.data))}")
+    if args.baseline and (args.ae or args.data):
+        raise UserError("--baseline is a token-level model: it has no autoencoder and gets no card; leave --ae and --data out")
+    try:
+        if args.baseline:
+            export_token_model(args.baseline, args.output)
+            written = ["config.json", "model.safetensors", "tokenizer.json"]
+        else:
+            written = export_student(args.student, args.ae, args.output, args.data)
+    except SafetensorError as error:  # its writer's own, for a disk that is full
+        raise UserError(f"{args.output} cannot be written ({error}); free some space or choose another folder") from None
+    print(f"{args.output}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

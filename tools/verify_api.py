@@ -15,10 +15,11 @@ from typing import Any
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import EXIT_USER_ERROR, UserError, run_cli
 from configs.schema import opt, parse_config
+from kd.harvest import IF_NO_TEXT, NO_TEXT
 from kd.kd_client import Answer, Dropped, ModelInfo, TeacherClient
 from kd.limits import Patience
 from kd.prompts import HarvestConfig, Job, request_of, uses_chat
-from kd.records import MISSING, Misaligned, TokenTable, parse_answer
+from kd.records import MISSING, Misaligned, TokenTable, parse_answer, text_of_answer
 from kd.settings import Settings
 
 PROMPT = "Write a short sentence about a caf\u00e9 in \u6771\u4eac, with an emoji."  # tokens that split characters
@@ -75,6 +76,8 @@ async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerA
     cost = f"${answer.cost:.6f}" if answer.cost else client.dollars  # a cent buys hundreds of such calls
     report.row("call", f"{path}: {answer.completion_tokens} tokens in {answer.seconds:.2f} s, {cost}")
     await limits(client, report)
+    if not text_of_answer(answer.body):
+        report.row("text", "none", f"{NO_TEXT} in {answer.completion_tokens} tokens: {IF_NO_TEXT}")
     told = answer.body.get("model")
     if told != settings.model:
         report.row("answered by", str(told), f"the answers are those of {told!r}")
