@@ -18,6 +18,7 @@ Prints a table and, last, one JSON line.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import re
@@ -227,6 +228,7 @@ def race_cell(
     """The rows of one batch size and prompt length."""
     prompts, k, vocabulary = prompts_of(pair.tokenizer, batch, prompt, 0), pair.student.cfg.k, vocabulary_for(args, batch)
     torch._dynamo.reset()
+    let_go()
     shape: dict[str, Any] = {"rows": batch, "prompt": prompt, "new": new, "dtype": dtype}
     racers = {  # all of them before one is compiled: what cannot race is refused at once
         name: race.make_racer(name, pair.model(name), pair.tokenizer, **shape, **vocabulary) for name in args.racers
@@ -243,10 +245,14 @@ def race_cell(
         if time.perf_counter() - start > args.cell_seconds:
             break
     rates = {name: statistics.median(lap.tokens_per_s(batch) for lap in runs) for name, runs in laps.items()}
+    tables = {name: vocabulary_of(racer) for name, racer in racers.items()}
+    racers.clear()  # the children that `peak_of` starts need the room
+    del racer
+    let_go()
     out = []
     for name, runs in laps.items():
         student = name.startswith("student")
-        fast = vocabulary_of(racers[name])
+        fast = tables[name]
         cfg = pair.student.cfg if student else pair.token_model.cfg
         flops, read = race.cost(cfg, fast, batch, prompt + new // 2, dtype.itemsize)
         rate, written = rates[name], [lap.tokens_per_s(batch) for lap in runs]
@@ -263,6 +269,13 @@ def race_cell(
             "ratio_to_compiled_token_model": rate / rates["token-compiled"] if "token-compiled" in rates else None,
         })  # fmt: skip
     return out
+
+
+def let_go() -> None:
+    """Free what earlier racers held: they are cycles, and a GPU's allocator keeps what it has."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def vocabulary_of(racer: Any) -> Vocabulary | None:
@@ -308,6 +321,10 @@ def print_peak(args: argparse.Namespace, device: torch.device) -> None:
             model, words_of = make_untrained(args, kind, device, positions), Ids(SHAPES[args.scale].vocab_size)
         vocabulary = vocabulary_for(args, batch)
         racer = race.make_racer(args.peak_of, model, words_of, rows=batch, prompt=prompt, new=new, dtype=dtype, **vocabulary)
+        del model  # a racer on the fast path has weights of its own: what is told is the running's, not the loading's
+        let_go()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         racer.run(prompts_of(words_of, batch, prompt, 0), new, 0)
     else:
         racer, tokenizer = eager_racer(args.peak_of, args, device)

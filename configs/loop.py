@@ -85,6 +85,8 @@ class Setup:
 def start(name: str, cfg: TrainConfig) -> Setup:
     """Seed, device, threads and run folder of a training script."""
     threads = tune_process()
+    if world().size > 1 and cfg.device.startswith("cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(world().local_rank)  # else every process would also take memory on the first GPU
     here, device = join(pick_device(cfg.device))
     bf16 = has_fast_bf16(device) if cfg.bf16 is None else cfg.bf16
     run: Run = NoRun(says=here.first)

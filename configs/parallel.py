@@ -143,12 +143,14 @@ class Replicas:
     ) -> Losses:
         """Leave the gradient of the whole batch in the model; returns the loss and its parts over this process's rows."""
         own = slices(batch, self.count)[self.here.rank * self.accum :][: self.accum]
+        own = [tuple(x.to(self.device) for x in micro) for micro in own]  # at once: each copy waits for the device
         totals: list[Losses] = []
         for i, micro in enumerate(own):
             if self.count > 1:  # noise of its own; one slice goes on with the step's
                 torch.manual_seed(_seed(self.seed, step, self.here.rank * self.accum + i))
-            with self._synchronised(i == self.accum - 1), autocast():
-                loss, parts = self.whole(loss_of, *(x.to(self.device) for x in micro))
+            with self._synchronised(i == self.accum - 1):
+                with autocast():  # left before the backward pass: it keeps a copy of each weight in its type
+                    loss, parts = self.whole(loss_of, *micro)
                 (loss / self.accum).backward()
             totals.append((loss.detach(), parts))
         if self.accum == 1:

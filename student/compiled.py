@@ -112,12 +112,14 @@ class CompiledStep:
 class Replayed:
     """A function of no tensors that works on static ones, recorded once per argument as one CUDA graph and replayed.
 
-    Its result is overwritten by the next call. On a CPU it is simply called.
+    state: those that the warm-up before a recording changes and the next call reads. The result is overwritten by the next
+    call. On a CPU the function is simply called.
     """
 
     def __init__(self, run: Callable[[Any], Tensor], device: torch.device, state: list[Tensor]) -> None:
         self.run, self.device, self.state = run, device, state
         self.graphs: dict[Any, tuple[Any, Tensor]] = {}
+        self.pool: Any = None  # of memory, one for all recordings: they are never replayed at the same time
 
     def __call__(self, constant: Any) -> Tensor:
         if self.device.type != "cuda":
@@ -140,7 +142,8 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(self.state, before, strict=True):
             tensor.copy_(value)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             result = self.run(constant)
         return graph, result

@@ -271,7 +271,8 @@ class FastSampler(Sampler):
         self.each = torch.arange(cfg.k, device=device).split(1)
         self.window: Window | None = None
         self.entries: Entries | None = None
-        state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.chunk, self.recent]
+        # not the cache, nor the memory's entries: they are written from `length` on only, and shown when written anew
+        state = [self.length, self.chunk, self.recent]
         if (local := model.local) is not None:
             heads, entries = local.layers[0].heads, local.window + cfg.k
             shape = (slots, heads, cfg.embed_dim // heads, entries)
@@ -281,7 +282,7 @@ class FastSampler(Sampler):
             if local.memory is not None:
                 with torch.no_grad():
                     self.entries = Entries.empty(local.memory, slots, self.positions * cfg.k, table)
-                state += [self.entries.keys, self.entries.values, self.entries.bias, self.entries.states]
+                state += [self.entries.bias, self.entries.states]
         self._write = Replayed(self._write_chunk_of_all, device, state)
         self.rows: list[Row | None] = [None] * slots
         self._free = deque(range(slots))
@@ -401,8 +402,8 @@ class FastSampler(Sampler):
         Rows are aligned at their first position, so that causal attention needs no mask.
         """
         model, k, device = self.model, self.cfg.k, slots.device
+        longest = max(-(-len(p) // k) for p in prompts)
         chunks = torch.tensor([-(-len(p) // k) for p in prompts], device=device)  # (n,)
-        longest = int(chunks.max())
         padded = [[self.cfg.pad_id] * (-len(p) % k) + list(p) for p in prompts]
         tokens = torch.tensor([p + [self.cfg.pad_id] * (longest * k - len(p)) for p in padded], device=device).unflatten(
             1, (-1, k)

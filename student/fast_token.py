@@ -56,8 +56,8 @@ class FastTokenModel:
         self.token = torch.zeros(slots, dtype=torch.long, device=device)
         self.draws, self.uniform = Draws.empty(slots, device), torch.zeros(slots, device=device)
         self.generator = torch.Generator()
-        state = [tensor for pair in self.cache for tensor in pair] + [self.length, self.token]
-        self._write = Replayed(self._write_token, device, state)
+        # not the cache: it is written from `length` on only, and nothing reads what lies there before it is written anew
+        self._write = Replayed(self._write_token, device, [self.length, self.token])
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:

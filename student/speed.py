@@ -136,15 +136,14 @@ def measure(model: str, variant: int, device_name: str, repeats: int, scale: Sca
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(3):
-        step()
     seconds = []
-    for _ in range(max(3, 4 * repeats)):
+    for i in range(3 + max(3, 4 * repeats)):
         start = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        if i >= 3:  # warm
+            seconds.append(time.perf_counter() - start)
     rates = [tokens / s for s in seconds]
     return {"model": model, "variant": VARIANTS[variant], "tokens_per_s": statistics.median(rates),
             "tokens_per_s_range": [min(rates), max(rates)], "seconds_per_step": statistics.median(seconds),

@@ -156,6 +156,9 @@ class StaticBackbone(nn.Module):
             whole = F.pad(k, (0, 0, 0, -length % BLOCK)).unflatten(2, (-1, BLOCK))  # (n, A, blocks, BLOCK, d)
             keys[rows, :, : blocks(length)] = whole.transpose(3, 4)
             values[rows, :, :, :length] = v.transpose(2, 3)
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.groups > 1)
+            grouped = layer.groups > 1
+            if grouped and q.is_cuda and q.dtype is torch.float32:  # its one kernel for that keeps all scores
+                k, v, grouped = k.repeat_interleave(layer.groups, 1), v.repeat_interleave(layer.groups, 1), False
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             x = layer.finish(x, attended.transpose(1, 2).flatten(2))
         return rms_norm(x, self.norm, self.eps)
