@@ -308,7 +308,7 @@ def test_bad_flags(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def row(name: str, nats: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
     figures = {"model": "student", "windows": 2, "tokens": 9, "bits_per_byte": nats, "threads": 1, "nll_by_position": None}
-    return {"name": name, "seed": seed, "nats_per_token": nats, **figures, **more}
+    return {"name": name, "seed": seed, "nats_per_token": nats, "settings": {}, **figures, **more}
 
 
 def test_gain_share() -> None:
@@ -327,7 +327,7 @@ def test_gain_share() -> None:
 def test_summary_goes_seed_by_seed() -> None:
     rows = [row("c", 3.5), row("t", 3.3), row("s", 3.4), row("c", 3.7, 1), row("t", 3.3, 1), row("s", 3.4, 1), row("s", 3.0, 2)]
     roles = {"control": "c", "token_model": "t", "recommended": None}
-    entry = {e["name"]: e for e in summary(rows, roles, {})}["s"]
+    entry = {e["name"]: e for e in summary(rows, roles, {}, {})}["s"]
     assert entry["latent_gain_share_by_seed"] == [pytest.approx(0.5), pytest.approx(0.75), None]
     assert entry["latent_gain_share"] == pytest.approx(0.625) and "seed 2" in entry["latent_gain_share_reason"]
     assert entry["bits_per_byte_ratio"] == pytest.approx(3.4 / 3.3) and entry["nats_spread"] == pytest.approx(0.2)
@@ -346,15 +346,18 @@ def test_figures_of_two_texts_are_marked_and_not_averaged_with_others() -> None:
     told = (("both", 0, old), ("both", 1, new), ("old", 0, old), ("energy", 0, {"brier_lm": 2.0}))
     rows = [row(name, 3.5, seed) | figures | cost for name, seed, figures in told]
     roles = {"control": "c", "token_model": "t", "recommended": None}
-    entries = {e["name"]: e for e in summary(rows, roles, {})}
+    entries = {e["name"]: e for e in summary(rows, roles, {}, {})}
     assert {name: e["brier_of_two_texts"] for name, e in entries.items()} == {"both": False, "old": True, "energy": False}
     assert entries["both"]["brier_lm_all"] == 20 and entries["old"]["brier_lm_all"] == 30
 
     def figures(name: str) -> list[str]:
         text = section("g", "g.yaml", rows, [entries[name]], [], [])
-        return re.findall(r"\| ([\d.]+°?) (?=\|)", next(line for line in text.splitlines() if line.startswith(f"| {name} |")))
+        return re.findall(
+            r"\| ([\d.]+(?:°| \(1 of them\))?) (?=\|)",
+            next(line for line in text.splitlines() if line.startswith(f"| {name} |")),
+        )
 
-    assert "30.00°" in figures("old") and "20.00" in figures("both") and "2.00" in figures("energy")
+    assert "30.00°" in figures("old") and "20.00 (1 of them)" in figures("both") and "2.00" in figures("energy")
 
 
 def test_the_recommended_variant_at_every_k() -> None:
@@ -364,12 +367,28 @@ def test_the_recommended_variant_at_every_k() -> None:
 
 
 def test_a_variant_is_held_against_its_own_control() -> None:
-    rows = [row("c", 3.5), row("t", 3.3), row("s", 3.4), row("wide", 3.45), row("s_wide", 3.36)]
+    rows = [row("c", 3.5), row("t", 3.3, model="token_model"), row("s", 3.4), row("wide", 3.45), row("s_wide", 3.36)]
+    rows += [row("t_wide", 3.35, model="token_model"), row("alone", 3.4, settings={"latents": "none"})]
     roles = {"control": "c", "token_model": "t", "recommended": None}
-    entries = {e["name"]: e for e in summary(rows, roles, {"s_wide": "wide"})}
+    entries = {e["name"]: e for e in summary(rows, roles, {"s_wide": "wide"}, {"s_wide": "t_wide"})}
     assert entries["s"]["latent_gain_share"] == pytest.approx(0.5)
-    assert entries["s_wide"]["latent_gain_share"] == pytest.approx(0.6) and entries["s_wide"]["control"] == "wide"
-    assert "latent_gain_share" not in entries["wide"]
+    assert entries["s_wide"]["latent_gain_share"] == pytest.approx(0.9) and entries["s_wide"]["control"] == "wide"
+    assert entries["s_wide"]["bits_per_byte_ratio"] == pytest.approx(3.36 / 3.35) and entries["s"]["token_model"] == "t"
+    assert not [name for name in ("wide", "t", "t_wide", "alone") if "latent_gain_share" in entries[name]]
+
+
+def test_a_row_measured_as_before_is_measured_again_but_not_trained(world: World, tmp_path: Path, in_process: None) -> None:
+    path = written(tmp_path / "ablate_g.yaml", world)
+    flags = ["--grid", path, "--docs", tmp_path / "docs", "--only", "token_model"]
+    assert run_script(ablate, *flags) == 0
+    results, checkpoint = (
+        tmp_path / "out" / "results.jsonl",
+        tmp_path / "out" / "token_model-s0" / "checkpoints" / "token_model.pt",
+    )
+    trained, told = checkpoint.stat().st_mtime_ns, json.loads(results.read_text())
+    results.write_text(json.dumps({key: value for key, value in told.items() if key != "brier_windows"}) + "\n")
+    assert run_script(ablate, *flags) == 0
+    assert json.loads(results.read_text()) == told and checkpoint.stat().st_mtime_ns == trained
 
 
 def test_prose_around_a_section_survives(tmp_path: Path) -> None:

@@ -255,9 +255,12 @@ def main() -> None:
     grid.check_files()
     for number in (signal.SIGINT, signal.SIGTERM):  # a background shell may have switched the first off
         signal.signal(number, _interrupt)
+    told = read_page(args.docs).get("rows", [])
+    kept = [row for run in grid.runs() if (row := published(run, told))]
+    if other := sum(row["grid"] == grid.name and row not in kept for row in told):
+        say(f"{args.docs}/quality.json: {other} rows of {grid.name} have other data or settings and give way")
     failed = {} if args.report else execute(chosen, args.jobs)
     rows = read_rows(grid.output)
-    told = read_page(args.docs).get("rows", [])
     made, missing = [], []
     for run in grid.runs():
         if row := current(run, rows) or published(run, told):
@@ -266,7 +269,8 @@ def main() -> None:
             missing.append(run.title)
     roles = {"control": grid.control, "token_model": grid.token_model, "recommended": grid.recommended}
     controls = {variant.name: variant.control for variant in grid.variants.values() if variant.control}
-    print(write_quality(args.docs, grid.name, grid.path, made, missing, roles, controls))
+    token_models = {variant.name: variant.token_model for variant in grid.variants.values() if variant.token_model}
+    print(write_quality(args.docs, grid.name, grid.path, made, missing, roles, controls, token_models))
     if failed:
         raise UserError("; ".join(f"{title} failed ({reason})" for title, reason in failed.items()))
 

@@ -27,7 +27,7 @@ from configs.schema import LMTrainConfig, config_from
 from kd.store import Store
 from tools.demo import Stage, run_chain
 from tools.export_hf import export_token_model
-from tools.grid import Grid, digest, known, load_grid, read_rows
+from tools.grid import Grid, Rows, digest, known, load_grid, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("student_ce", "student_kd", "token_model_kd")  # the variants that the report compares
@@ -86,7 +86,13 @@ def closed(ce: dict[str, Any], kd: dict[str, Any]) -> float:
     return 1 - kd["kl_to_teacher"] / ce["kl_to_teacher"]
 
 
-def report(root: Path, rows: dict[tuple[str, int], dict[str, Any]], teacher: str, written: str) -> str:
+def compared(grid: Grid, rows: Rows) -> Rows:
+    """The rows of NAMES of the seeds that all of them have in the grid; what lies there of others is of earlier grids."""
+    seeds = set.intersection(*(set(grid.variants[name].seeds) for name in NAMES))
+    return {(name, seed): rows[name, seed] for name in NAMES for seed in seeds}
+
+
+def report(root: Path, rows: Rows, teacher: str, written: str) -> str:
     """The comparison as Markdown."""
     seeds = sorted({seed for name, seed in rows if name == "student_kd"})
     columns = (
@@ -142,7 +148,7 @@ def main() -> int:
         os.environ |= {"VENICE_BASE_URL": url, "VENICE_API_KEY": "none"}
         if code := run_chain(root, stages(root, grid, args)):
             return code
-    rows = read_rows(grid.output)
+    rows = compared(grid, read_rows(grid.output))
     with Store(store_of(root, Path(args.teacher)), must_exist=True) as store:
         first = next(iter(store)).answer["choices"][0]["text"]
     text = report(root, rows, Path(args.teacher).name, first.strip()[:SHOWN])

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,8 @@ def main() -> None:
         raise UserError("nothing to evaluate: give --ae, --student or --baseline")
     if args.max_windows is not None and args.max_windows < 2:
         raise UserError(f"--max_windows: expected at least 2, got {args.max_windows}")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
     tune_process()
     device = pick_device(args.device)
     data = PackedData(f"{args.data}/val")

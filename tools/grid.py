@@ -43,6 +43,7 @@ class Variant:
     settings: dict[str, Any] = field(hash=False)
     seeds: tuple[int, ...]
     control: str | None = None  # what its latents are held against; None: the grid's control
+    token_model: str | None = None  # what its bits per byte are held against; None: the grid's token_model
 
     @property
     def needs(self) -> dict[str, str]:
@@ -195,8 +196,9 @@ def load_grid(path: str | Path) -> Grid:
         if values.get(key) is not None:
             known(values[key], variants, f"{source}: {key}", "variant")
     for variant in variants.values():
-        if variant.control is not None:
-            known(variant.control, variants, f"{source}: {variant.name}: control", "variant")
+        for key, name in (("control", variant.control), ("token_model", variant.token_model)):
+            if name is not None:
+                known(name, variants, f"{source}: {variant.name}: {key}", "variant")
     both = tuple(sorted({seed for v in variants.values() if v.model != "ae" for seed in v.seeds}))
     for name in (values["control"], values["token_model"]):  # what the others are held against, at every seed
         variants[name] = Variant(name, variants[name].model, variants[name].settings, both)
@@ -219,7 +221,7 @@ def variant_of(name: str, told: Any, shared: dict[str, Any], ae: Any, seeds: tup
         raise UserError(f"{where}: a variant's name may have letters, digits, '_', '-' and '.' only")
     if not isinstance(told, dict) or told.get("model") not in TRAINERS:
         raise UserError(f"{where}: expected settings with `model:` one of {', '.join(TRAINERS)}, got {told!r}")
-    own = {key: value for key, value in told.items() if key not in ("model", "seeds", "control")}
+    own = {key: value for key, value in told.items() if key not in ("model", "seeds", "control", "token_model")}
     cls = TRAINERS[told["model"]][1]
     for key in OURS & {*own, *shared}:
         raise UserError(f"{where if key in own else source}: `{key}` is the grid's to set, not a variant's")
@@ -235,9 +237,8 @@ def variant_of(name: str, told: Any, shared: dict[str, Any], ae: Any, seeds: tup
             f"takes cannot be told from training), got {checked.eval_every}"
         )
     settings = {key: getattr(checked, key) for key in settings}  # 1e-3, not "1e-3"
-    return Variant(
-        name, told["model"], settings, seeds_of(told["seeds"], where) if "seeds" in told else seeds, told.get("control")
-    )
+    own_seeds = seeds_of(told["seeds"], where) if "seeds" in told else seeds
+    return Variant(name, told["model"], settings, own_seeds, told.get("control"), told.get("token_model"))
 
 
 def check_references(variants: dict[str, Variant], source: str) -> None:
@@ -323,7 +324,12 @@ def current(run: Run, rows: Rows) -> dict[str, Any] | None:
     row, identity = rows.get((run.variant.name, run.seed)), run.identity(rows)
     if row is None or identity is None or not same(row["identity"], identity):
         return None
-    return row if run.variant.model == "ae" or row["evaluation"] == run.grid.evaluation else None
+    return row if run.variant.model == "ae" or (row["evaluation"] == run.grid.evaluation and measured_as_now(row)) else None
+
+
+def measured_as_now(row: dict[str, Any]) -> bool:
+    """Whether a row's BrierLM is of one set of text; before, its true n-grams were of another than the drawn ones."""
+    return row.get("brier_lm_all") is None or "brier_windows" in row
 
 
 def published(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import replace_text
+from tools.grid import measured_as_now
 from tools.metrics import BUCKETS
 from tools.plot import frontier, quality_curves
 
@@ -35,20 +36,26 @@ def gain_share(row: Row, control: Row | None, token_model: Row | None) -> tuple[
     return (local - own) / (local - full), None
 
 
+def has_latents(row: Row) -> bool:
+    return row["model"] == "student" and row["settings"].get("latents") != "none"
+
+
 def mean(values: list[Any]) -> float | None:
     """Of what is known; None where nothing is."""
     kept = [value for value in values if value is not None]
     return sum(kept) / len(kept) if kept else None
 
 
-def summary(rows: list[Row], roles: dict[str, str | None], controls: dict[str, str]) -> list[dict[str, Any]]:
+def summary(
+    rows: list[Row], roles: dict[str, str | None], controls: dict[str, str], token_models: dict[str, str]
+) -> list[dict[str, Any]]:
     """One entry a variant: the means of its seeds' figures, and how it stands to control and token model seed by seed."""
-    no_share = {roles["control"], roles["token_model"], *controls.values()}
+    no_share = {roles["control"], *controls.values(), *(row["name"] for row in rows if not has_latents(row))}
     by_run = {(row["name"], row["seed"]): row for row in rows}
     out = []
     for name in dict.fromkeys(row["name"] for row in rows if row["model"] != "ae"):
         mine = [row for row in rows if row["name"] == name]
-        against = (controls.get(name, roles["control"]), roles["token_model"])
+        against = (controls.get(name, roles["control"]), token_models.get(name, roles["token_model"]))
         references = [[by_run.get((other, row["seed"])) for other in against] for row in mine]
         shares = [gain_share(row, *both) for row, both in zip(mine, references, strict=True)]
         ratios = [
@@ -61,20 +68,21 @@ def summary(rows: list[Row], roles: dict[str, str | None], controls: dict[str, s
             entry |= {"latent_gain_share": mean([share for share, _ in shares])}
             entry |= {"latent_gain_share_by_seed": [share for share, _ in shares]}
             entry |= {"latent_gain_share_reason": next((reason for _, reason in shares if reason), None)}
-        entry |= {"bits_per_byte_ratio": mean(ratios), "bits_per_byte_ratio_by_seed": ratios}
+        entry |= {"token_model": against[1], "bits_per_byte_ratio": mean(ratios), "bits_per_byte_ratio_by_seed": ratios}
+        drawn_alike = [row for row in mine if measured_as_now(row)] or mine
+        entry["brier_seeds"] = len(drawn_alike)
         for key in (
             "bits_per_byte", "nats_per_token", "brier_lm", "brier_lm_all", "latent_swap_cost", "nll_far_copy", "kl_to_teacher",
             "training_tokens", "train_flops", "inherited_flops", "train_seconds", "k", "backbone_steps_per_token",
         ):  # fmt: skip
-            drawn_alike = [row for row in mine if "brier_windows" in row] if key.startswith("brier") else []
-            entry[key] = mean([row.get(key) for row in drawn_alike or mine])
+            entry[key] = mean([row.get(key) for row in (drawn_alike if key.startswith("brier") else mine)])
         nats = [row["nats_per_token"] for row in mine if row["nats_per_token"] is not None]
         entry["nats_spread"] = (max(nats) - min(nats)) / 2 if len(nats) > 1 else None
         positions = [row["nll_by_position"] for row in mine if row["nll_by_position"]]
         entry["nll_by_position"] = [mean(list(column)) for column in zip(*positions, strict=True)]
         for key in ("nll_by_distance", "nll_by_seen"):
             entry[key] = {b: mean([(row.get(key) or {}).get(b) for row in mine]) for b in BUCKETS}
-        entry["brier_of_two_texts"] = all(row.get("brier_lm_all") is not None and "brier_windows" not in row for row in mine)
+        entry["brier_of_two_texts"] = not any(map(measured_as_now, mine))
         entry["threads"] = sorted({row["threads"] for row in mine})
         out.append(entry)
     return out
@@ -105,9 +113,10 @@ def section(
     for entry in entries:
         nats = shown(entry["nats_per_token"], ".4f") + (f" ± {entry['nats_spread']:.4f}" if entry["nats_spread"] else "")
         cells = [entry["name"], str(len(entry["seeds"])), nats, *(shown(entry.get(key), style) for _, key, style in columns)]
-        if entry["brier_of_two_texts"]:
+        few = "" if entry["brier_seeds"] == len(entry["seeds"]) else f" ({entry['brier_seeds']} of them)"
+        if mark := "°" if entry["brier_of_two_texts"] else few:
             marked = [3 + i for i, (_, key, _) in enumerate(columns) if key.startswith("brier")]
-            cells = [cell + "°" if i in marked and cell != "-" else cell for i, cell in enumerate(cells)]
+            cells = [cell + mark if i in marked and cell != "-" else cell for i, cell in enumerate(cells)]
         cost = entry["train_flops"] / 1e15, entry["inherited_flops"] / 1e15
         cells += [f"{entry['training_tokens'] / 1e6:.2f}", f"{cost[0]:.3g}" + (f" + {cost[1]:.3g}" if cost[1] else "")]
         lines.append([*cells, f"{entry['train_seconds']:.0f} ({', '.join(map(str, entry['threads']))})"])
@@ -123,6 +132,9 @@ def section(
     if len(against) > 1:
         told_of = "; ".join(f"{', '.join(names)} against {control}" for control, names in against.items())
         parts.append(f"Latent gain share: {told_of}.")
+    usual = max((e["token_model"] for e in entries), key=[e["token_model"] for e in entries].count, default=None)
+    if others := [f"{e['name']} to {e['token_model']}" for e in entries if e["token_model"] != usual]:
+        parts.append(f"To token model: {', '.join(others)}, the others to {usual}.")
     reasons = {e["name"]: e["latent_gain_share_reason"] for e in entries if e.get("latent_gain_share_reason")}
     if reasons:
         parts.append("No latent gain share: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
@@ -140,6 +152,9 @@ def section(
     ):
         buckets = [b for b in BUCKETS if any(entry[key][b] is not None for entry in entries)]
         table = [[entry["name"], *(shown(entry[key][b], ".3f") for b in buckets)] for entry in told]
+        counts = [told_counts for row in rows if (told_counts := row.get(key.replace("nll", "tokens")))]
+        if counts and counts.count(counts[0]) == len(counts):
+            table.append(["of tokens", *(f"{counts[0].get(b, 0):,}" for b in buckets)])
         parts += [title, markdown(["variant", *buckets], table)] if told and buckets else []
     parts += [f"![bits per byte]({plot})" for plot in plots]
     return "\n\n".join(parts)
@@ -194,23 +209,23 @@ def but_for_k(rows: list[Row], name: str) -> set[str]:
 
 def write_quality(
     folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
-    controls: dict[str, str],
+    controls: dict[str, str], token_models: dict[str, str],
 ) -> str:  # fmt: skip
     """Write quality.md, quality.json, quality_NAME.png and, where K differs, frontier_NAME.png of a grid (of the recommended
     variant, if there is one, at every K, and the token model); returns its section.
 
     rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
-    `token_model` and `recommended`; controls: of the variants that have their own. What other grids wrote stays.
+    `token_model` and `recommended`; controls, token_models: of the variants that have their own. What other grids wrote stays.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = summary(rows, roles, controls)
+    entries = summary(rows, roles, controls, token_models)
     curves: dict[str, list[list[tuple[float, ...]]]] = {}
     for row in rows:
         if row["model"] != "ae" and row["bits_per_byte"]:
             flops = row["train_flops"] / row["training_tokens"]
             points: list[tuple[float, ...]] = [
-                (tokens, tokens * flops, seconds, nats) for tokens, seconds, nats in row["curve"]
+                (tokens, tokens * flops + row["inherited_flops"], seconds, nats) for tokens, seconds, nats in row["curve"]
             ]
             curves.setdefault(row["name"], []).append(points)
     if curves:
@@ -223,6 +238,11 @@ def write_quality(
     if roles["recommended"]:
         alike = {roles["token_model"], *but_for_k(rows, roles["recommended"])}
         places = {key: place for key, place in places.items() if key in alike}
+    seeds = [{row["seed"] for row in rows if row["name"] == key} for key in places]
+    common = set.intersection(*seeds) if seeds else set()
+    for key, (steps, _) in places.items() if common else ():  # else a variant of two seeds is held against others of one
+        bits = [row["bits_per_byte"] for row in rows if row["name"] == key and row["seed"] in common]
+        places[key] = steps, sum(bits) / len(bits)
     plots = [f"quality_{name}.png"] if curves else []
     if len({steps for steps, _ in places.values()}) > 2:  # of several K
         frontier(places, folder / f"frontier_{name}.png")
