@@ -47,6 +47,7 @@ def test_the_chain_and_its_report(
         if stage.name.startswith("training"):
             (root / "runs").mkdir(exist_ok=True)
             rows = [row("student_ce", 0, 0.4), row("student_kd", 0, 0.3), row("token_model_kd", 0, 0.2)]
+            rows.append(row("student_kd", 7, 0.9))  # of an earlier grid
             (root / "runs" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     @contextmanager
@@ -69,7 +70,7 @@ def test_the_chain_and_its_report(
     ]
     assert run_script(distill_demo, *flags) == 0
     report = capsys.readouterr().out
-    assert "the soft targets close 25% (seed 0)" in report and "a story" in report and "Once upon a time" in report
+    assert "the soft targets close 25% (seed 0)." in report and "a story" in report and "Once upon a time" in report
     names = [stage.name for stage in ran]
     assert names == ["harvest", "packing", "training and evaluation", "sample of student_ce", "sample of student_kd"]
     harvest = ran[0].command

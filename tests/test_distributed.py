@@ -14,7 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_LM, World, make_ae, make_student, run_script
 
-from configs.parallel import set_aside, slices, whole_saves
+from configs import parallel
+from configs.parallel import Replicas, set_aside, slices, whole_saves
+from configs.schema import LMTrainConfig
 from kd.losses import mean_kl, scored_positions
 from student import baseline, train_student
 from student.baseline import load_token_model
@@ -196,6 +198,28 @@ def test_the_mean_of_the_slices_is_the_loss_of_the_batch() -> None:
     expected = torch.autograd.grad(whole, model.ae.embedding.weight)[0]
     found = torch.autograd.grad(sum(x for x, _ in cut) / 4, model.ae.embedding.weight)[0]  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_backward_pass_is_left_to_the_types_of_the_forward_pass() -> None:
+    """Within autocast it would hold a copy of each weight in that type until it ends."""
+    within: list[bool] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            within.append(torch.is_autocast_enabled("cpu"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            within.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    model = torch.nn.Linear(3, 1)
+    replicas = Replicas(model, LMTrainConfig(batch_size=4, grad_accum=2), parallel.World(), torch.device("cpu"))
+    loss_of = lambda x: (Watched.apply(model(x)).float().mean(), {})
+    replicas.backward(loss_of, [torch.randn(4, 3)], 0, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert within == [True, False] * 2 and model.weight.grad is not None
 
 
 def test_slices_and_what_cannot_be_cut(packed: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

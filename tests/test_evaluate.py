@@ -191,6 +191,15 @@ def test_a_token_outside_the_vocabulary(tmp_path: Path, tokenizer: TokenizerAdap
         evaluate.evaluate({"m": make_token_model()}, PackedData(folder), tokenizer, None, torch.device("cpu"))
 
 
+def test_where_the_figures_go_is_checked_before_they_are_made(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--student", world.student, "--data", world.data, "--output", tmp_path / "missing" / "evaluate.json"]
+    assert run_script(evaluate, *flags) == 2
+    captured = capsys.readouterr()
+    assert "there is no folder" in captured.err and not captured.out
+
+
 def test_the_table_shows_them(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = ["--student", world.student, "--data", world.data, "--max_windows", 20, "--first", 8]
     assert run_script(evaluate, *flags, "--output", tmp_path / "e.json") == 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_AE, World, make_student, run_script
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from ae import train_ae
@@ -368,6 +369,19 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
     (tmp_path / "file").touch()
     assert run_script(export_hf, "--student", world.student, "--output", tmp_path / "file") == 2
     assert "file is a file; name a folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its writer has an error type of its own."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(LatentForgeForCausalLM, "save_pretrained", full)
+    assert run_script(export_hf, "--student", world.student, "--output", tmp_path / "out") == 2
+    assert "out cannot be written (No space left on device (os error 28)); free some" in capsys.readouterr().err
 
 
 def test_baseline_is_a_stock_model(world: World, tmp_path: Path) -> None:
