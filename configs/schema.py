@@ -169,12 +169,8 @@ def _base_type(kind: Any) -> tuple[type, bool]:
 
 def _coerce(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     base, optional = _base_type(kind)
-    unset = (
-        "none",
-        "null",
-        "auto",
-        *([""] if base not in (int, float) else []),
-    )  # --budget_usd "$UNSET" is no wish for no limit
+    # a number left empty is not among them: --budget_usd "$UNSET" is no wish for no limit
+    unset = ("none", "null", "auto") if base in (int, float) else ("", "none", "null", "auto")
     if optional and (value is None or (isinstance(value, str) and value.lower() in unset)):
         return None
     try:

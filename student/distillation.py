@@ -163,9 +163,7 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
         budget_usd=cfg.kd_budget_usd,
     )
     data = PackedData(Path(cfg.data) / "train")
-    pick_device(
-        cfg.device
-    )  # a device that is not there, or a folder that cannot be written to, is told before it costs anything
+    pick_device(cfg.device)  # one that is not there, or a folder that cannot be written to, is told before it costs anything
     tokenizer_record(data, cfg.checkpoint_dir)
     path = Path(cfg.kd_store) if cfg.kd_store else store_path(wanted, Settings.load())
     folder = path.with_name(f"{path.stem}-packed")
