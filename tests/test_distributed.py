@@ -52,7 +52,8 @@ def curve(folder: Path) -> dict[str, list[float]]:
 def same(one: Path, other: Path, name: str) -> None:
     """Curves and weights agree to rounding; sums are taken in another order, and AdamW divides by small numbers.
 
-    Weights: to a thousandth of how far the training has moved each tensor (1e-5 here).
+    Weights: to a hundredth of how far the training has moved each tensor. What learns least is 1e-5 to 1.4e-3 of that apart,
+    depending on the text, which is this repository's own; another gradient would be of the order of 1.
     """
     a, b = curve(one), curve(other)
     for key in a:
@@ -61,7 +62,7 @@ def same(one: Path, other: Path, name: str) -> None:
     assert weights.keys() == others.keys() == start.keys()
     for key, value in weights.items():
         moved, apart = (value - start[key]).norm().item(), (value - others[key]).norm().item()
-        assert apart <= 1e-3 * moved, f"{key}: moved by {moved:.2e}, but {apart:.2e} apart"
+        assert apart <= 1e-2 * moved, f"{key}: moved by {moved:.2e}, but {apart:.2e} apart"
 
 
 def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
