@@ -75,19 +75,19 @@ class World:
         ]
 
 
+def pack(world: World, *inputs: Path) -> World:
+    """A tokenizer of these texts, and these packed with it."""
+    tokenizer = world.root / "tokenizer"
+    assert run_script(train_tokenizer, "--input", *inputs, "--output", tokenizer, "--vocab_size", 320) == 0
+    flags = ["--tokenizer", tokenizer, "--seq_len", 32, "--k", 4, "--val_split", 0.3]
+    assert run_script(data_packing, "--input", *inputs, "--output", world.data, *flags) == 0
+    return world
+
+
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Packed data without models."""
-    world = World(tmp_path_factory.mktemp("world"))
-    assert (
-        run_script(
-            train_tokenizer, "--input", ROOT / "ae", ROOT / "student", "--output", world.root / "tokenizer", "--vocab_size", 320
-        )
-        == 0
-    )
-    flags = ["--tokenizer", world.root / "tokenizer", "--seq_len", 32, "--k", 4, "--val_split", 0.3]
-    assert run_script(data_packing, "--input", ROOT / "ae", ROOT / "student", "--output", world.data, *flags) == 0
-    return world
+    return pack(World(tmp_path_factory.mktemp("world")), ROOT / "ae", ROOT / "student")
 
 
 @pytest.fixture(scope="session")

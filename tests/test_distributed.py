@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_LM, World, make_ae, make_student, run_script
+from conftest import ROOT, SMALL_AE, SMALL_LM, World, make_ae, make_student, pack, run_script
 
+from ae import train_ae
 from configs import parallel
 from configs.parallel import Replicas, set_aside, slices, whole_saves
 from configs.schema import LMTrainConfig
@@ -52,8 +54,7 @@ def curve(folder: Path) -> dict[str, list[float]]:
 def same(one: Path, other: Path, name: str) -> None:
     """Curves and weights agree to rounding; sums are taken in another order, and AdamW divides by small numbers.
 
-    Weights: to a hundredth of how far the training has moved each tensor. What learns least is 1e-5 to 1.4e-3 of that apart,
-    depending on the text, which is this repository's own; another gradient would be of the order of 1.
+    Weights: to a thousandth of how far the training has moved each tensor (1e-5 here).
     """
     a, b = curve(one), curve(other)
     for key in a:
@@ -62,11 +63,26 @@ def same(one: Path, other: Path, name: str) -> None:
     assert weights.keys() == others.keys() == start.keys()
     for key, value in weights.items():
         moved, apart = (value - start[key]).norm().item(), (value - others[key]).norm().item()
-        assert apart <= 1e-2 * moved, f"{key}: moved by {moved:.2e}, but {apart:.2e} apart"
+        assert apart <= 1e-3 * moved, f"{key}: moved by {moved:.2e}, but {apart:.2e} apart"
 
 
 def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"checkpoints/{name}.pt", weights_only=True)["state"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An autoencoder of a text that stays as it is. The other tests' is this repository's own, new with every commit, and in
+    some of these a weight's first gradient is all but zero, so that rounding decides AdamW's whole step."""
+    made = World(tmp_path_factory.mktemp("world"))
+    rng, folder = random.Random(0), made.root / "text"
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    folder.mkdir()
+    for i in range(40):
+        lines = [" ".join(rng.choices(words, range(200, 0, -1), k=rng.randint(3, 12))) for _ in range(40)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    assert run_script(train_ae, *pack(made, folder).train_flags(), *SMALL_AE, "--max_steps", 20) == 0
+    return made
 
 
 @pytest.fixture(scope="module")
