@@ -102,6 +102,7 @@ def test_tried_again(status: int) -> None:
     [
         httpx.Response(200, content=b'{"choices": [{"mess'),
         httpx.Response(200, json=[1]),
+        httpx.Response(200, json={"error": "overloaded"}),
         httpx.Response(200, json={"choices": []}),
         httpx.Response(200, json={"choices": [{"logprobs": None}]}),
         httpx.Response(200, content=b"[" * 100_000),

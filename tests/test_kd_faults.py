@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, World, run_script
+from conftest import ROOT, World, pack, run_script
 from faulty_server import ByteTokenizer, FaultyServer, harvest_in_a_child
 
 from ae.chunks import PackedData
@@ -403,6 +403,20 @@ def test_its_text_alone_needs_no_tokenizer_of_the_teacher(packed: World, tmp_pat
         counts = pack_answers(store, tokenizer, tmp_path / "kd", k=0)
     assert KDShard(tmp_path / "kd" / "train").kind == "sequence" and not any("left out" in what for what in counts)
     assert counts["train documents"] + counts["val documents"] == summary.aligned  # the equal ones of both harvests once
+
+
+def test_a_corpus_is_not_said_to_be_scored_while_requests_were_dropped(tmp_path: Path) -> None:
+    """The same command asks for what is missing; then it is."""
+    few = pack(World(tmp_path / "few"), ROOT / "ae")
+    more = {"data": str(few.data), "prompts": None, "mode": "score", "top_logprobs": 2, "concurrency": 1}
+    more["max_new_tokens"] = 4096
+    cfg, lines = config(tmp_path, 1, **more), list[str]()
+    with FaultyServer(lambda n, prompt: "400" if n == 2 else "good") as server:
+        with pytest.raises(UserError, match=r"1 requests got no answer, the rest of .* is scored; run it again"):
+            harvest(cfg, Settings(server.url, "teacher", KEY), QUICK, log=lines.append)
+        assert not any(line.startswith("all of") for line in lines)
+        harvest(cfg, Settings(server.url, "teacher", KEY), QUICK, log=lines.append)
+    assert any(line.startswith("all of") for line in lines)
 
 
 def test_answers_to_other_prompts_are_said_not_to_count(tmp_path: Path) -> None:
