@@ -17,19 +17,26 @@ AE_CKPT ?= $(CKPT_DIR)/ae.pt
 STUDENT_CKPT ?= $(CKPT_DIR)/student.pt
 PROMPT ?= import os
 MAX_TOKENS ?= 128
-TEMP ?= 0.8
+ifneq ($(origin TEMP),command line)
+TEMP := 0.8# of the environment's own TEMP, a folder, nothing is taken
+endif
 TOP_P ?= 0.95
 SEED ?=
 PORT ?= 7860
 TEACHER ?= Qwen/Qwen3-0.6B
 TEACHER_PORT ?= 8001
 
-# The folder of a checkpoint to write; its name is the trainer's to give.
-folder = $(if $(filter $(2),$(notdir $($(1)))),$(dir $($(1))),$(error $(1)=$($(1)): expected a path that ends in /$(2), as it is written under that name))
-# A variable left empty leaves the config file's value alone.
+# The folder of a checkpoint to write; its name is the trainer's to give. make takes a path with spaces for several: one word of it.
+space := $(subst ,, )
+whole = $(subst $(space),|,$($(1)))
+folder = $(if $(filter $(2),$(notdir $(whole))),$(subst |,$(space),$(dir $(whole))),$(error $(1)=$($(1)): expected a path that ends in /$(2), as it is written under that name))
+# A variable left empty leaves the config file's value alone; 0 and no switch off.
 flag = $(if $($(1)),--$(2) $($(1)))
-TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(if $(RESUME),--resume) $(ARGS)
+switch = $(if $(filter-out 0 no false,$($(1))),--$(2))
+TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(call switch,RESUME,resume) $(ARGS)
+KD_FLAGS = $(call flag,CE_W,ce_w) $(call switch,USE_KD,use_kd) $(call flag,KD_W,kd_w)
 
+override PROMPT := $(value PROMPT)# as it was typed, with any $ in it
 export PROMPT PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore
 
@@ -51,29 +58,28 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@touch $@
 
 demo: setup ## train and measure the whole chain on the standard library, 16 to 41 minutes on 2 cores; QUICK=1: a few
-	@$(PY) tools/demo.py $(if $(QUICK),--quick) $(ARGS)
+	@$(PY) tools/demo.py $(call switch,QUICK,quick) $(ARGS)
 
 distill-demo: setup ## distill from the demo's token-level model over HTTP, with and without its soft targets (after `make demo`)
 	@$(PY) tools/distill_demo.py $(ARGS)
 
-data: setup ## the default corpus: standard library -> tokenizer -> packed data in DATA
+data: setup ## the default corpus: standard library -> tokenizer -> packed data in DATA (ARGS: of the packing)
 	$(PY) tools/get_corpus.py --output data/corpus.jsonl
 	$(PY) tools/train_tokenizer.py --input data/corpus.jsonl --output data/tokenizer --vocab_size 4096
-	$(PY) tools/data_packing.py --input data/corpus.jsonl --output "$(DATA)" --tokenizer data/tokenizer $(call flag,K,k)
+	$(PY) tools/data_packing.py --input data/corpus.jsonl --output "$(DATA)" --tokenizer data/tokenizer $(call flag,K,k) $(ARGS)
 
 train-ae: setup ## train the autoencoder on DATA (K, D, EPOCHS, BATCH_SIZE)
 	$(PY) ae/train_ae.py --config "$(AE_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(call folder,AE_CKPT,ae.pt)" $(call flag,K,k) $(call flag,D,latent_dim)
 
-train-token-model: setup ## train the token-level model of the student's backbone: the baseline
-	$(PY) student/baseline.py --config "$(TOKEN_MODEL_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k)
+train-token-model: setup ## train the token-level model of the student's backbone, the baseline (flags as train-student)
+	$(PY) student/baseline.py --config "$(TOKEN_MODEL_CONFIG)" $(TRAIN_FLAGS) --checkpoint_dir "$(CKPT_DIR)" $(call flag,K,k) $(KD_FLAGS)
 
 train-student: setup ## train the student on DATA from AE_CKPT (EPOCHS, BATCH_SIZE, CE_W, MSE_W; USE_KD=1, KD_W)
 	$(PY) student/train_student.py --config "$(STUDENT_CONFIG)" $(TRAIN_FLAGS) --ae_ckpt "$(AE_CKPT)" \
-		--checkpoint_dir "$(call folder,STUDENT_CKPT,student.pt)" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,CE_W,ce_w) $(call flag,MSE_W,mse_w) \
-		$(if $(USE_KD),--use_kd) $(call flag,KD_W,kd_w)
+		--checkpoint_dir "$(call folder,STUDENT_CKPT,student.pt)" $(call flag,K,k) $(call flag,D,latent_dim) $(call flag,MSE_W,mse_w) $(KD_FLAGS)
 
 infer: setup ## continue PROMPT with the student (MAX_TOKENS, TEMP, TOP_P, SEED)
-	@$(PY) infer.py --student "$(STUDENT_CKPT)" --prompt "$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
+	@$(PY) infer.py --student "$(STUDENT_CKPT)" --prompt="$$PROMPT" --max_new_tokens $(MAX_TOKENS) \
 		--temperature $(TEMP) --top_p $(TOP_P) --seed $(or $(SEED),0) --stream $(ARGS)
 
 serve: setup ## serve STUDENT_CKPT over HTTP at PORT: /generate, OpenAI's dialect, a page (docs/serving.md)

@@ -27,18 +27,58 @@ def test_help_lists_every_target() -> None:
     assert phony == set(re.findall(r"^([a-z-]+):", text, re.M))
 
 
-def test_where_trainings_write_and_what_seed_they_have(tmp_path: Path) -> None:
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder whose make takes its environment for installed."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "v").mkdir()
     for name in ("requirements.txt", "pyproject.toml", "v/installed"):
         (tmp_path / name).touch()
-    said = make("-n", "train-student", "VENV=v", "STUDENT_CKPT=k4/student.pt", cwd=tmp_path)
+    return tmp_path
+
+
+def test_where_trainings_write_and_what_seed_they_have(root: Path) -> None:
+    said = make("-n", "train-student", "VENV=v", "STUDENT_CKPT=k4/student.pt", cwd=root)
     assert '--checkpoint_dir "k4/"' in said and "--seed" not in said  # the config's
-    assert "--seed 3" in make("-n", "train-ae", "VENV=v", "SEED=3", cwd=tmp_path)
+    assert "--seed 3" in make("-n", "train-ae", "VENV=v", "SEED=3", cwd=root)
     for target, name in (("train-student", "STUDENT_CKPT=k4/student_k4.pt"), ("train-ae", "AE_CKPT=ae4.pt")):
         with pytest.raises(subprocess.CalledProcessError) as error:
-            make("-n", target, "VENV=v", name, cwd=tmp_path)
+            make("-n", target, "VENV=v", name, cwd=root)
         assert f"{name}: expected a path that ends in /" in error.value.stderr
+
+
+def test_switches_can_be_switched_off(root: Path) -> None:
+    for value, on in (("1", True), ("0", False), ("no", False), ("", False)):
+        said = make(
+            "-n",
+            "train-student",
+            "train-token-model",
+            "demo",
+            "VENV=v",
+            *(f"{x}={value}" for x in ("USE_KD", "RESUME", "QUICK")),
+            cwd=root,
+        )
+        assert [said.count(flag) for flag in (" --use_kd", " --resume", " --quick")] == ([2, 2, 1] if on else [0, 0, 0])
+
+
+def test_paths_with_spaces_stay_whole(root: Path) -> None:
+    assert '--checkpoint_dir "my dir/k 4/"' in make("-n", "train-ae", "VENV=v", "CKPT_DIR=my dir/k 4", cwd=root)
+
+
+def test_the_prompt_arrives_as_it_was_typed(root: Path) -> None:
+    (root / "v" / "bin").mkdir()
+    python = root / "v" / "bin" / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    for prompt in ("cost $5, $HOME and $(x)", "-x", 'say "a" # b'):
+        assert f"--prompt={prompt}\n" in make("infer", "VENV=v", f"PROMPT={prompt}", cwd=root)
+    assert "--prompt=import os\n" in make("infer", "VENV=v", cwd=root)
+
+
+def test_the_temporary_folder_is_no_temperature(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMP", "/tmp")
+    assert "--temperature 0.8" in make("-n", "infer", "VENV=v", cwd=root)
+    assert "--temperature 0.3" in make("-n", "infer", "VENV=v", "TEMP=0.3", cwd=root)
 
 
 def test_clean_leaves_the_users_files(tmp_path: Path) -> None:
