@@ -114,12 +114,6 @@ class Autoencoder(nn.Module):
         """(..., E) -> (..., V) through the tied embedding."""
         return g @ self.embedding.weight.T
 
-    @torch.no_grad()
-    def reconstruct(self, tokens: Tensor, noise: float = 0.0) -> Tensor:
-        """arg max tokens (B, K) from the posterior's mean plus N(0, noise) noise."""
-        mean, _ = self.encode(tokens)
-        return self.logits(self.decode(mean + noise * torch.randn_like(mean))).argmax(-1)
-
 
 def load_ae(path: str | Path) -> tuple[Autoencoder, dict[str, Any]]:
     """An autoencoder and its checkpoint's content (config, tokenizer, figures). Raises UserError as `load_model`."""

@@ -48,14 +48,24 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def asked_threads(cores: int) -> int:
+    """What OMP_NUM_THREADS asks for, of "4,2" for nested regions the first; `cores` where it is unset or empty.
+
+    Raises UserError for what is no such number.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise UserError(f"OMP_NUM_THREADS={asked}: expected the number of threads, at least 1; or unset it for one a core")
+    return int(asked) if asked else cores
+
+
 def tune_process() -> int:
     """Use the cores this process may run on, and keep big buffers in the process; returns the number of threads.
 
     glibc hands every large buffer back to the kernel when it is freed, and the page faults of taking it again cost
     more than half of a small model's training step. Both are process settings, so programs call this, models never.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = int(os.environ.get("OMP_NUM_THREADS", threads))
+    threads = asked_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_num_threads(threads)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h

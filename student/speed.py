@@ -25,7 +25,7 @@ from ae.ae_model import AEConfig, Autoencoder
 from ae.losses import ae_loss, weighted_nll
 from configs.errors import UserError
 from configs.loop import optimizers
-from configs.run import environment, has_fast_bf16, pick_device, tune_process, wants_compile
+from configs.run import asked_threads, environment, has_fast_bf16, pick_device, tune_process, wants_compile
 from configs.schema import AETrainConfig, StudentTrainConfig, read_yaml
 from student.baseline import BackboneConfig, TokenModel
 from student.losses import student_loss
@@ -120,7 +120,7 @@ def measure(model: str, variant: int, device_name: str, repeats: int, scale: Sca
     if variant >= 1:
         tune_process()
     else:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+        torch.set_num_threads(asked_threads(len(os.sched_getaffinity(0))))
     device = pick_device(device_name)
     module, loss, tokens = make_step(model, device, scale)
     bf16, compiled = (variant >= index and has_variant(model, index, device) for index in (2, 3))

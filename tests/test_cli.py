@@ -136,6 +136,13 @@ def test_plot(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run_script(plot, world.root / "run", copy, "--output", tmp_path / "two.png") == 0  # of one name, and both drawn
     assert run_script(plot, copy, "--output", tmp_path / "one.png") == 0
     assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+    for flags, said in (
+        (("--key", "nonsense"), "has no 'nonsense' to draw: expected one of"),
+        (("--output", tmp_path / "p.xyz"), "ends in one of"),
+        (("--output", tmp_path), "ends in one of"),
+    ):
+        assert run_script(plot, world.root / "run", *flags) == 2
+        assert said in capsys.readouterr().err
     assert run_script(plot, tmp_path) == 2
     assert "no run in" in capsys.readouterr().err
     assert run_script(plot, world.root / "run", "--output", tmp_path / "nowhere" / "p.png") == 2

@@ -10,6 +10,7 @@ import pytest
 from ae import train_ae
 from configs.errors import UserError
 from configs.loop import learning_rate
+from configs.run import asked_threads
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
 from kd.harvest import HarvestConfig
 from student import baseline, train_student
@@ -128,3 +129,15 @@ def test_learning_rate() -> None:
     assert rates[11:] == pytest.approx([0.9 - 0.1 * i for i in range(9)])
     cfg.lr_decay = 0.0  # independent of the total, so that a run can be prolonged
     assert [learning_rate(s, 5, cfg) for s in range(5)] == [learning_rate(s, 500, cfg) for s in range(5)]
+
+
+def test_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, threads in (("", 5), ("3", 3), ("4,2", 4), (" 2 ", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert asked_threads(5) == threads
+    for value in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(UserError, match=f"OMP_NUM_THREADS={value}: expected"):
+            asked_threads(5)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert asked_threads(5) == 5

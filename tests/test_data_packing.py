@@ -271,9 +271,8 @@ def test_a_chat_that_the_template_refuses_is_a_bad_line(run: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"seq_len": 60}, "multiple"),
-        ({"seq_len": 0}, "multiple"),
-        ({"k": 0}, "multiple"),
+        ({"seq_len": 0}, "at least 1"),
+        ({"k": 0}, "at least 1"),
         ({"val_split": 1.0}, "val_split"),
         ({"val_split": "nan"}, "val_split"),
         ({"tokenizer": "no/such/place"}, "no/such/place"),
@@ -288,6 +287,30 @@ def test_bad_flags_leave_what_was_packed(run: Any, tmp_path: Path, flags: dict[s
     with pytest.raises(UserError, match="matches no file"):
         run(tmp_path / "absent.jsonl")
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ('{"text": "a"}\n{"text": "b"}\n', "--format jsonl"),
+        ('[\n  {"messages": []}\n]', "jq -c"),
+    ],
+)
+def test_records_in_a_json_file_are_not_packed_as_their_source(run: Any, tmp_path: Path, text: str, advice: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=advice):
+        run(path)
+    assert documents(run(path, format="text", val_split=0)[0]) == [text]
+    path.write_text(source := '{"name": "latentforge", "private": true}')  # of a source tree
+    assert documents(run(path, val_split=0)[0]) == [source]
+
+
+def test_a_tokenizer_of_too_little_text_tells_what_was_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "import os"}\n' * 3)
+    with pytest.raises(UserError, match=r"only 258 tokens[^$]*3 bad lines?[^$]*a.jsonl:1"):
+        train_tokenizer.train(Corpus([str(path)]), 300)
 
 
 def test_a_run_that_dies_midway_destroys_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

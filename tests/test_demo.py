@@ -135,3 +135,11 @@ def test_a_failed_stage_ends_the_demo() -> None:
     stage = Stage("broken", ["-c", "raise SystemExit(3)"], [])
     with pytest.raises(ValueError, match="'broken' failed with exit code 3"):
         demo.run_stage(stage, False)
+
+
+def test_a_stage_that_ctrl_c_ends_before_it_has_loaded_is_no_failure() -> None:
+    stage = Stage(
+        "loading", ["-c", "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), 2)"], []
+    )
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_stage(stage, False)

@@ -198,6 +198,9 @@ def test_where_the_figures_go_is_checked_before_they_are_made(
     assert run_script(evaluate, *flags) == 2
     captured = capsys.readouterr()
     assert "there is no folder" in captured.err and not captured.out
+    assert run_script(evaluate, *flags[:-1], tmp_path) == 2
+    captured = capsys.readouterr()
+    assert "is a folder; name a file" in captured.err and not captured.out
 
 
 def test_the_table_shows_them(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -369,6 +369,19 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
     (tmp_path / "file").touch()
     assert run_script(export_hf, "--student", world.student, "--output", tmp_path / "file") == 2
     assert "file is a file; name a folder" in capsys.readouterr().err
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "README.md").write_text("mine")
+    assert run_script(export_hf, "--student", world.student, "--output", theirs) == 2
+    assert "theirs holds other files" in capsys.readouterr().err
+    assert [path.name for path in theirs.iterdir()] == ["README.md"] and (theirs / "README.md").read_text() == "mine"
+
+
+def test_an_export_replaces_one_of_its_own_kind_only(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--baseline", world.token_model, "--output", tmp_path / "hf")
+    assert run_script(export_hf, *flags) == 0 and run_script(export_hf, *flags) == 0
+    assert run_script(export_hf, "--student", world.student, "--output", tmp_path / "hf") == 2
+    assert "hf holds other files" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(

@@ -47,7 +47,7 @@ import yaml
 from ae.ae_model import AEConfig
 from configs.errors import UserError, run_cli
 from configs.files import read_json, replace_text
-from configs.run import load_checkpoint, saved_states, training_ended
+from configs.run import asked_threads, load_checkpoint, saved_states, training_ended
 from configs.schema import LMTrainConfig, config_from
 from student.baseline import BackboneConfig
 from student.flops import ae_training_flops, backbone_steps, optimizer_flops, training_flops
@@ -111,7 +111,7 @@ class Job:
 
     @property
     def threads(self) -> int:
-        return min(len(self.cores), int(os.environ.get("OMP_NUM_THREADS", len(self.cores))))
+        return min(len(self.cores), asked_threads(len(self.cores)))
 
     def begin_next(self) -> bool:
         """Begin the next command; False where there is none left."""

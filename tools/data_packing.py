@@ -90,6 +90,19 @@ class Problems:
         return "\n  ".join([f"left out: {totals}", *self.listed, *([f"... and {more:,} more"] if more else [])])
 
 
+def check_json(path: Path) -> None:
+    """Raise UserError for a .json file of records that was given by itself: its text would be packed, quotes, names and all."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip()
+    if head[:1] in (b"{", b"[") and any(key in head for key in (b'"text"', b'"messages"')):
+        advice = "add --format jsonl" if head[:1] == b"{" else f"write it as JSON lines first: jq -c '.[]' {path} > {path}l"
+        raise UserError(
+            f"{path} looks like records with `text` or `messages`: {advice}; or take it as plain text with --format text"
+        )
+
+
 class Corpus:
     """The documents of files, folders and globs, streamed in the order of sorted paths.
 
@@ -101,6 +114,9 @@ class Corpus:
         self.inputs, self.format, self.problems, self.bytes_read = list(inputs), format, Problems(strict), 0
         self.files = list(dict.fromkeys(file for item in inputs for file in find_files(item)))
         self.bytes_total = sum(file.stat().st_size for file in self.files)
+        if format == "auto":
+            for item in inputs:
+                check_json(Path(item))
         alone = len(self.files) == 1 and Path(inputs[0]).is_file()
         self._text_limit = MAX_PIECE if alone else MAX_DOCUMENT
 
@@ -434,8 +450,8 @@ def main() -> None:
     )
     parser.add_argument("--val_split", type=float, default=0.05, help="share of documents for validation [%(default)s]")
     args = parser.parse_args()
-    if args.k < 1 or args.seq_len < 1 or args.seq_len % args.k:
-        raise UserError(f"--seq_len must be a positive multiple of --k, got {args.seq_len} and {args.k}")
+    if args.k < 1 or args.seq_len < 1:
+        raise UserError(f"--seq_len and --k must be at least 1, got {args.seq_len} and {args.k}")
     if not 0 <= args.val_split < 1:
         raise UserError(f"--val_split must be at least 0 and below 1, got {args.val_split}")
     output = Path(args.output).expanduser().resolve()

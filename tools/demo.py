@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def run_stage(stage: Stage, resume: bool) -> None:
     finally:
         if out:
             out.close()
-    if code == EXIT_INTERRUPTED:
+    if code in (EXIT_INTERRUPTED, -signal.SIGINT):  # the latter: before it had loaded what says it
         raise KeyboardInterrupt
     if code:
         raise UserError(

@@ -274,6 +274,8 @@ def main() -> None:
         raise UserError(f"--max_windows: expected at least 2, got {args.max_windows}")
     if args.output and not Path(args.output).parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
+    if args.output and Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file to write")
     tune_process()
     device = pick_device(args.device)
     data = PackedData(f"{args.data}/val")

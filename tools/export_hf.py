@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from ae.ae_model import load_ae
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError, run_cli
+from configs.files import read_json
 from configs.run import load_checkpoint
 from configs.schema import as_dict
 from student.baseline import load_token_model
@@ -141,7 +142,7 @@ def model_card(
         ("vocabulary", f"{model.config.tokenizer_size:,} words, fingerprint {content['tokenizer']['fingerprint']}"),
     ]
     training = [
-        ("data", data or f"packed text, `{Path(trained['data']).name}`"),
+        ("data", data or ("the teacher's text" if teacher else f"packed text, `{Path(trained['data']).name}`")),
         ("teacher", taught),
         ("backbone started from", f"`{Path(origin).name}`" if origin else "random weights"),
         ("steps", f"{content['step']:,}"),
@@ -164,6 +165,15 @@ def _shown(key: str, value: float) -> str:
     return f"{value:.3%}" if key.endswith("_exact") else f"{value:.4f}"
 
 
+def check_folder(folder: Path, family: str) -> None:
+    """Raise UserError for a folder that holds anything but an earlier export of this family, whose files this one replaces."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    config = folder / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != family:
+        raise UserError(f"--output {folder} holds other files, and some would be replaced; name a new folder")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -177,6 +187,7 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).is_file():
         raise UserError(f"--output {args.output} is a file; name a folder")
+    check_folder(Path(args.output), "qwen3" if args.baseline else LatentForgeConfig.model_type)
     if args.baseline and (args.ae or args.data):
         raise UserError("--baseline is a token-level model: it has no autoencoder and gets no card; leave --ae and --data out")
     try:

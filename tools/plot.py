@@ -38,7 +38,10 @@ def loss_curves(runs: dict[str, str | Path], path: str | Path, key: str = "ce") 
     """Training `key` (nats a token) of named runs against tokens and against minutes of training."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for name, run in runs.items():
-        steps = [m for m in read_metrics(run) if key in m]
+        lines = read_metrics(run)
+        if not (steps := [m for m in lines if key in m]):
+            has = sorted({name for m in lines if "loss" in m for name in m} - {"step", "tokens", "time", "tokens_per_s"})
+            raise UserError(f"{run} has no {key!r} to draw: expected one of {', '.join(has)}")
         for axis, x in zip(axes, ([m["tokens"] / 1e6 for m in steps], [m["time"] / 60 for m in steps]), strict=True):
             axis.plot(x, [m[key] for m in steps], label=name)
     for axis, label in zip(axes, ("training tokens, millions", "minutes"), strict=True):
@@ -114,6 +117,9 @@ def main() -> None:
     parser.add_argument("--output", default="loss.png", help="[loss.png]")
     parser.add_argument("--key", default="ce", help="which part of the loss [ce]")
     args = parser.parse_args()
+    kinds = plt.figure().canvas.get_supported_filetypes()
+    if Path(args.output).is_dir() or Path(args.output).suffix.lstrip(".").lower() not in kinds:
+        raise UserError(f"--output {args.output}: expected a file to write that ends in one of .{', .'.join(sorted(kinds))}")
     names = [Path(run).name for run in args.runs]
     if len(set(names)) < len(names):  # of two experiments
         names = args.runs

@@ -6,26 +6,21 @@ python tools/report.py runs/demo
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from configs.errors import UserError, run_cli
+from configs.files import read_json
 from tools.plot import loss_curves, nll_by_position, read_metrics
 
 MODELS = ("token_model", "student")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}. Run `make demo` first") from None
-
-
 def report(root: Path) -> str:
     """The report as Markdown; draws its two plots into `root`."""
-    figures, bench, times = _read(root / "evaluate.json"), _read(root / "bench.json"), _read(root / "stages.json")
+    try:
+        figures, bench, times = (read_json(root / f"{name}.json") for name in ("evaluate", "bench", "stages"))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is not there yet; run `make demo` first") from None
     token_model, student, ae, where = figures["token_model"], figures["student"], figures["ae"], bench["environment"]
     loss_curves({name: root / name for name in MODELS}, root / "loss.png")
     nll_by_position({name: figures[name]["nll_by_position"] for name in MODELS}, root / "nll_by_position.png")

@@ -45,7 +45,11 @@ def train(corpus: Corpus, vocab_size: int) -> TokenizerAdapter:
     tokenizer.train_from_iterator(texts(), trainer)
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
-        raise UserError(f"this text yields only {size} tokens: lower --vocab_size (from {vocab_size}) or bring more text")
+        problems = corpus.problems.report()  # a wrong field's name may be why
+        raise UserError(
+            f"this text yields only {size} tokens: lower --vocab_size (from {vocab_size}) or bring more text"
+            + (f"\n{problems}" if problems else "")
+        )
     return TokenizerAdapter(tokenizer, {"eos_token": END_OF_TEXT, "pad_token": PAD}, None, None, "trained here")
 
 
