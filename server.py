@@ -81,6 +81,8 @@ def settings(argv: Sequence[str]) -> ServeConfig:
 
 def load_service(cfg: ServeConfig, metrics: Metrics) -> Service:
     """The model behind a batcher, its thread running. Raises UserError for what cannot be served."""
+    if cfg.rank is not None and not cfg.words:
+        raise UserError("rank belongs to the vocabulary screen; set words, too, or leave it out")
     device = pick_device(cfg.device)
     compiled = wants_compile(cfg.compile, device)
     loaded = load_sampler(cfg.student_ckpt, cfg.ae_ckpt, device)
@@ -90,7 +92,7 @@ def load_service(cfg: ServeConfig, metrics: Metrics) -> Service:
         slots=cfg.slots,
         dtype=DTYPES[cfg.dtype],
         words=cfg.words,
-        rank=cfg.rank,
+        rank=64 if cfg.rank is None else cfg.rank,
         int8=cfg.int8,
         compile=compiled,
     )
@@ -180,6 +182,11 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
     @app.get("/v1/models", response_model=api.ModelList, responses=ERRORS, dependencies=locked)
     async def models() -> Response:
         return json_answer({"object": "list", "data": [card]})
+
+    @app.get("/v1/models/{name:path}", response_model=api.ModelCard, responses=ERRORS, dependencies=locked)
+    async def model(name: str) -> Response:
+        service.check_name(name)
+        return json_answer(card)
 
     @app.post("/generate", response_model=api.GenerateAnswer, responses=STREAMED, dependencies=locked)
     async def generate(request: Request, body: api.GenerateRequest) -> Response:

@@ -26,7 +26,7 @@ from student.student_model import Student
 
 log = logging.getLogger("latentforge.batching")
 SCORE_TOKENS = 4096  # of one pass over texts to score, pads included: what a running row waits for at most, each step
-PREFILL_TOKENS = 4096  # likewise, of prompts that join between two steps
+PREFILL_TOKENS = 4096  # likewise, of prompts that join between two steps; one that is longer is read alone
 
 
 class Busy(Exception):
@@ -71,8 +71,10 @@ class Job:
     ended: int | None = None  # the end-of-text token, where one ended the row (`Chunk.ended`)
     latent_steps: int = 0
     finish_reason: str = ""
+    cut: bool = False  # a stop string ended its text (`Chunk.cut`)
     submitted: float = 0.0
-    joined: float = 0.0
+    taken: float = 0.0  # when its prompt began to be read, or its text to be scored
+    joined: float = 0.0  # when its prompt had been read
     first_chunk: float = 0.0
     last_chunk: float = 0.0
     cancelled: bool = False
@@ -98,7 +100,8 @@ class Job:
 class Observer:
     """Told what happens, in the batcher's thread; all of it does nothing here."""
 
-    def joined(self, job: Job) -> None: ...
+    def taken(self, job: Job) -> None:
+        """Its prompt has been read into a slot, or it is about to be scored."""
 
     def stepped(self, rows: int, seconds: float) -> None: ...
 
@@ -235,20 +238,27 @@ class Batcher:
         """Read the prompts of those that wait longest, as many as there are free slots and a pass should take."""
         k, tokens = self.sampler.cfg.k, 0
         while (free := self.sampler.free) and tokens < PREFILL_TOKENS:
+            jobs: list[Job] = []
+            longest = 0  # a pass pads its prompts to the longest
             with self._changed:
-                jobs = [self._waiting.popleft() for _ in range(min(free, self.prefill_rows, len(self._waiting)))]
+                while self._waiting and len(jobs) < min(free, self.prefill_rows):
+                    longest = max(longest, -(-len(self._waiting[0].prompt) // k) * k)
+                    if jobs and tokens + longest * (len(jobs) + 1) > PREFILL_TOKENS:
+                        break
+                    jobs.append(self._waiting.popleft())
             if not jobs:
                 return
-            tokens += sum(-(-len(job.prompt) // k) * k for job in jobs)
+            tokens += max(-(-len(job.prompt) // k) * k for job in jobs) * len(jobs)
+            start = time.monotonic()
             try:
                 slots = self.sampler.add([job.prompt for job in jobs], [job.params for job in jobs if job.params])
             except Exception as error:
                 self._fail(jobs, error)
                 continue
             for slot, job in zip(slots, jobs, strict=True):
-                job.joined = time.monotonic()
+                job.taken, job.joined = start, time.monotonic()
                 self._running[slot] = job
-                self.observer.joined(job)
+                self.observer.taken(job)
 
     def _step(self) -> None:
         """One latent step of every row."""
@@ -274,7 +284,7 @@ class Batcher:
         slot, chunk.row = chunk.row, job.index
         if chunk.finish_reason is None:
             return self._emit(job, chunk)
-        job.finish_reason, job.ended = chunk.finish_reason, chunk.ended
+        job.finish_reason, job.ended, job.cut = chunk.finish_reason, chunk.ended, chunk.cut
         self._running.pop(slot)
         self._row_seconds += 0.1 * (now - job.joined - self._row_seconds)
         self._emit(job, chunk)
@@ -294,6 +304,10 @@ class Batcher:
                 if jobs and longest * count > SCORE_TOKENS:
                     break
                 jobs.append(self._scoring.popleft())
+        for job in jobs:
+            if job.params is None:  # it never had a slot
+                job.taken = time.monotonic()
+                self.observer.taken(job)
         wanted = [job for job in jobs if job.top is not None]
         try:
             scores = self._scores_of(wanted)

@@ -67,6 +67,7 @@ class Chunk:
     text: str
     finish_reason: str | None = None  # "stop": end of text or a stop string; "length": max_new_tokens
     ended: int | None = None  # the token that ended the row, of the tokenizer's stop_ids; None where there was no room for it
+    cut: bool = False  # a stop string ended the text, somewhere within its tokens
 
 
 @dataclass
@@ -115,7 +116,8 @@ class _Text:
         if found:
             text, self.held = self.held[: min(found)], ""
             return text, True
-        keep = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        ends = (n for s in self.stop for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n]))
+        keep = 0 if last else max(ends, default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text, False
 
@@ -228,7 +230,7 @@ class Sampler:
             ids, reason = ids[:left], "length"
         row.tokens += len(ids)
         text, stopped = row.text.push(ids, last=reason is not None)
-        return Chunk(row.index, ids, text, "stop" if stopped else reason, None if stopped else ended)
+        return Chunk(row.index, ids, text, "stop" if stopped else reason, None if stopped else ended, stopped)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> _State:
         """One pass over the prompts, right-aligned: row b's first chunk stands at index begin[b]."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from prometheus_client import generate_latest
 from served import Served, broken, serve, slow, wait_for
 
 import server
@@ -184,6 +185,45 @@ def test_prompts_read_together(tokenizer: TokenizerAdapter, monkeypatch: pytest.
     assert together == [1, 1, 1, 1, 4]
     assert [one.job.token_ids for one in rows[:4]] == [one.job.token_ids for one in rows[4:]]
     it.close()
+
+
+def test_a_pass_over_prompts_takes_no_more_than_fits(tokenizer: TokenizerAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its pads: each prompt is as long as the longest. One that is longer than the bound is read alone."""
+    it, passes = serve(tokenizer, prefill_rows=4), list[list[int]]()
+    add = it.batcher.sampler.add
+
+    def reading(prompts: list[list[int]], *rest: Any) -> Any:
+        passes.append([len(prompt) for prompt in prompts])
+        return add(prompts, *rest)
+
+    monkeypatch.setattr(it.batcher.sampler, "add", reading)
+    monkeypatch.setattr("student.batching.PREFILL_TOKENS", 64)
+    crowd = [Asked([5] * n, SamplingParams(1)) for n in (8, 16, 20, 40, 100, 3, 4, 4)]
+    it.batcher.submit([one.job for one in crowd])
+    assert all(isinstance(one.wait(), Finished) for one in crowd)
+    assert [n for own in passes for n in own] == [8, 16, 20, 40, 100, 3, 4, 4]
+    assert all(len(own) == 1 or max(own) * len(own) <= 64 for own in passes) and passes[0] == [8, 16, 20]
+    it.close()
+
+
+def test_waiting_ends_where_reading_begins(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = served.batcher.sampler.add
+
+    def reading(*args: Any) -> Any:
+        time.sleep(0.2)
+        return add(*args)
+
+    monkeypatch.setattr(served.batcher.sampler, "add", reading)
+    served.batcher.submit([(one := Asked([5, 6], SamplingParams(1))).job])
+    assert isinstance(one.wait(), Finished)
+    assert one.job.taken - one.job.submitted < 0.1 < one.job.joined - one.job.taken
+
+
+def test_a_text_that_is_only_scored_counts_as_read(served: Served) -> None:
+    served.batcher.submit([(one := Asked([5] * 9, None, top=0, score_prompt=True)).job])
+    assert isinstance(one.wait(), Finished)
+    figures = generate_latest(served.metrics.registry).decode()
+    assert 'latentforge_tokens_total{kind="prompt"} 9.0' in figures and "latentforge_queue_seconds_count 1.0" in figures
 
 
 @pytest.mark.parametrize("works", [True, False])

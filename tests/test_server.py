@@ -15,13 +15,15 @@ from fastapi.testclient import TestClient
 from served import Served, listening, serve
 
 from ae.tokenizer_adapter import TokenizerAdapter
+from student.batching import Job
 from student.sampler import Sampler, SamplingParams
-from student.scoring import Text, score
+from student.scoring import Scores, Text, score
 
 PROMPT = "def encode(self, chunks):\n    return"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+HI = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,19 @@ def test_every_end_scores_as_itself(client: TestClient, tokenizer: TokenizerAdap
         assert row["token_logprobs"] == [max(top.values()) for top in row["top_logprobs"]]
 
 
+def test_special_tokens_before_an_end_that_had_no_room_are_scored(served: Served) -> None:
+    """They have no text, and no stop string cut it: a row of one token that the next one would have ended."""
+    service, job = served.service, Job([5], SamplingParams(1), lambda *_: None, top=0)
+    sampler = service.batcher.sampler
+    special, end = sampler.tokenizer.pad_id, sampler.tokenizer.eot_id
+    assert not sampler.tokenizer.token_bytes(special)
+    chunk = sampler._accept(sampler.new_row(0, SamplingParams(1)), [special, end, 7, 7])
+    job.token_ids, job.finish_reason, job.ended, job.cut = chunk.token_ids, str(chunk.finish_reason), chunk.ended, chunk.cut
+    assert (job.token_ids, job.finish_reason, job.ended) == ([special], "stop", None)
+    told = service.completion_logprobs(job, Scores([-1.0], [[]], [[]]), chunk.text)
+    assert told and told["token_logprobs"] == [-1.0]
+
+
 def test_a_streamed_completion(client: TestClient) -> None:
     body = {"prompt": [PROMPT, "x"], "max_tokens": 13, "seed": 3, "echo": True, "logprobs": 1}
     whole = ask(client, **body)
@@ -270,7 +285,7 @@ def test_no_chat_without_a_template(client: TestClient) -> None:
         ("/generate", {"prompt": "a", "max_new_tokens": "5"}, 422, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 0}, 422, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 10**40}, 422, "max_new_tokens"),
-        ("/generate", {"prompt": "a", "max_new_tokens": 5000}, 400, "max_tokens"),
+        ("/generate", {"prompt": "a", "max_new_tokens": 5000}, 400, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 257}, 400, "prompt"),
         ("/generate", {"prompt": "a" * 1_000_000}, 400, "prompt"),
         ("/generate", {"prompt": "a", "temperature": -1}, 422, "temperature"),
@@ -288,9 +303,20 @@ def test_no_chat_without_a_template(client: TestClient) -> None:
         ("/v1/completions", {"prompt": ["a"] * 33}, 400, "prompt"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 422, "best_of"),
         ("/v1/completions", {"prompt": "a", "presence_penalty": 0.5}, 422, "presence_penalty"),
+        ("/v1/completions", {"prompt": "a", "min_p": 0.1}, 422, "min_p"),
+        ("/v1/completions", {"prompt": "a", "repetition_penalty": 1.2}, 422, "repetition_penalty"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [5]}, 422, "stop_token_ids"),
         ("/v1/chat/completions", {"messages": []}, 422, "messages"),
+        ("/v1/chat/completions", {"messages": [HI], "response_format": {"type": "json_object"}}, 422, "response_format"),
+        ("/v1/chat/completions", {"messages": [HI], "tool_choice": "required"}, 422, "tool_choice"),
+        ("/v1/chat/completions", {"messages": [HI], "functions": [{}]}, 422, "functions"),
+        ("/v1/chat/completions", {"messages": [HI], "max_completion_tokens": 5000}, 400, "max_completion_tokens"),
+        ("/v1/chat/completions", {"messages": [HI], "max_tokens": 5000}, 400, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [HI], "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": [{**HI, "content": "a" * 1000}]}, 400, "messages"),
     ],
 )
+@pytest.mark.usefixtures("chatty")
 def test_refused(client: TestClient, path: str, body: dict[str, Any], status: int, param: str) -> None:
     answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     error = answer.json()["error"]
@@ -423,6 +449,9 @@ def test_the_official_client(url: str, tokenizer: TokenizerAdapter, monkeypatch:
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt-5' does not exist"):
+        client.models.retrieve("gpt-5")
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 10, "seed": 1}
     whole = client.completions.create(**asked, n=2, logprobs=2)
     assert whole.usage.completion_tokens >= len(whole.choices) == 2

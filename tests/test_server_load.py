@@ -12,20 +12,27 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import yaml
 from conftest import World
+from fastapi import Request
 from fastapi.testclient import TestClient
 from served import Served, broken, listening, serve, slow, wait_for
 
 import server
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
+from student.batching import Job
+from student.sampler import Chunk
 from tools import load_test
+from web.protocol import Refused
+from web.service import Ask
+from web.stream import collect
 
 ROOT = Path(__file__).parents[1]
 FUZZ = int(os.environ.get("FUZZ", 400))  # random bodies
@@ -112,6 +119,45 @@ def test_the_load_test_does_not_read_an_error_as_no_memory() -> None:
 
     with pytest.raises(UserError, match="/metrics: expected 200, got 500"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "set SERVE_API_KEY"), (400, "lower --max_new_tokens")])
+def test_the_load_test_says_why_it_is_refused(monkeypatch: pytest.MonkeyPatch, status: int, said: str) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/ready" else status)
+
+    with_transport = partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(load_test.httpx, "AsyncClient", with_transport)
+    with pytest.raises(UserError, match=f"/generate: expected 200, got {status}; .*{said}"):
+        asyncio.run(load_test.load("http://fake", [1], 1.0, 0.0, 8))
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_client_that_leaves_as_a_chunk_comes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Before Python 3.12 `asyncio.wait_for` may swallow the cancelling then; the follower would wait for ever."""
+    monkeypatch.setattr("web.service.IDLE_SECONDS", 0.05)
+
+    async def run() -> int:
+        ask, left = Ask([Job([1], None, lambda *_: None)]), asyncio.Event()
+
+        class Leaving:
+            async def receive(self) -> dict[str, str]:
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+        before = asyncio.all_tasks()
+        collecting = asyncio.ensure_future(collect(cast(Request, Leaving()), ask))
+        await asyncio.sleep(0.01)
+        left.set()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        ask._events.put_nowait((ask.jobs[0], Chunk(0, [1], "x")))
+        with pytest.raises(Refused, match="went away"):
+            await collecting
+        await asyncio.sleep(0.3)
+        return len(asyncio.all_tasks() - before)
+
+    assert asyncio.run(run()) == 0
 
 
 @pytest.mark.usefixtures("endless")

@@ -183,7 +183,16 @@ async def load(url: str, clients: Sequence[int], seconds: float, disconnect: flo
         except httpx.TransportError as error:
             raise UserError(f"no server at {url}: {error}. Start one with `make serve`") from None
         bodies = kinds(max_new_tokens)
-        expected = [(await ask(client, body))[0] for body in bodies]
+        try:
+            expected = [(await ask(client, body))[0] for body in bodies]
+        except httpx.HTTPStatusError as error:
+            refused = error.response.status_code in (401, 403)
+            advice = (
+                "set SERVE_API_KEY to the server's key" if refused else "its context may be too small: lower --max_new_tokens"
+            )
+            raise UserError(f"{error.request.url}: expected 200, got {error.response.status_code}; {advice}") from None
+        except httpx.TransportError as error:
+            raise UserError(f"the server at {url} went away ({type(error).__name__}); see its log for why") from None
         memory = [await resident(client)]
         rows = []
         for count in clients:

@@ -27,7 +27,7 @@ class Metrics(Observer):
         self.batch = Histogram("batch_rows", "rows in a latent step", buckets=ROWS, **for_all)
         self.first = Histogram("first_chunk_seconds", "from request to first chunk", buckets=SECONDS, **for_all)
         self.interval = Histogram("chunk_interval_seconds", "between a row's chunks", buckets=SECONDS, **for_all)
-        self.queued = Histogram("queue_seconds", "from request to slot", buckets=SECONDS, **for_all)
+        self.queued = Histogram("queue_seconds", "from request to the reading of its prompt", buckets=SECONDS, **for_all)
         self.waiting = Gauge("queue_rows", "rows that wait for a slot or to be scored", **for_all)
         self.running = Gauge("running_rows", "rows in slots", **for_all)
 
@@ -36,8 +36,8 @@ class Metrics(Observer):
         self.waiting.set_function(lambda: batcher.waiting)
         self.running.set_function(lambda: batcher.running)
 
-    def joined(self, job: Job) -> None:
-        self.queued.observe(job.joined - job.submitted)
+    def taken(self, job: Job) -> None:
+        self.queued.observe(job.taken - job.submitted)
         self.tokens.labels("prompt").inc(len(job.prompt))
 
     def stepped(self, rows: int, seconds: float) -> None:

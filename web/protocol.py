@@ -1,7 +1,7 @@
 """Requests and answers, as the OpenAPI document states them: OpenAI's dialect, and /generate.
 
-Numbers are strict ("5" is no integer), unknown fields are ignored, and fields that other servers have and this one does not
-are refused unless they ask for nothing.
+Numbers are strict ("5" is no integer). Fields of OpenAI's and vLLM's servers that bind what is written and that this one cannot
+follow, are refused unless they ask for nothing; other unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ One = Annotated[int, Field(ge=1, le=1), WHOLE]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 MANY = Field(min_length=1, fail_fast=True)  # lists: else each of a million wrong elements is an error of its own to collect
 Nothing = Annotated[float | None, Field(ge=0, le=0)]
+NoList = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Refused(Exception):
@@ -53,6 +54,10 @@ class Sampling(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = False
 
+    def field(self, name: str) -> str:
+        """What the request calls this parameter: prompt, max_tokens or logprobs."""
+        return name
+
     def params(self, max_new_tokens: int, seed: int) -> SamplingParams:
         """For the sampler."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -74,6 +79,9 @@ class GenerateRequest(Sampling):
     temperature: float | None = Field(default_temperature, ge=0, le=100, allow_inf_nan=False, description="0 is greedy")
     top_p: float | None = Field(default_top_p, ge=0, le=1, allow_inf_nan=False)
 
+    def field(self, name: str) -> str:
+        return "max_new_tokens" if name == "max_tokens" else name
+
 
 class StreamOptions(Body):
     include_usage: bool | None = False
@@ -86,6 +94,10 @@ class OpenAIRequest(Sampling):
     frequency_penalty: Nothing = Field(None, description="not supported: only 0")
     presence_penalty: Nothing = Field(None, description="not supported: only 0")
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="not supported: only {}")
+    min_p: Nothing = Field(None, description="not supported: only 0")
+    min_tokens: Nothing = Field(None, description="not supported: only 0")
+    repetition_penalty: Annotated[float | None, Field(ge=1, le=1)] = Field(None, description="not supported: only 1")
+    stop_token_ids: NoList = Field(None, description="not supported: only []")
 
 
 class CompletionRequest(OpenAIRequest):
@@ -113,13 +125,25 @@ class Message(Body):
         return {"role": self.role, "content": text}
 
 
+class AnyText(Body):
+    type: Literal["text"]
+
+
 class ChatRequest(OpenAIRequest):
     messages: Annotated[list[Message], MANY]
     max_tokens: Positive | None = Field(None, description="unset: as many as there is room for")
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = False
     top_logprobs: Count | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not supported: only []")
+    tools: NoList = Field(None, description="not supported: only []")
+    functions: NoList = Field(None, description="not supported: only []")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="there are no tools to choose")
+    response_format: AnyText | None = Field(None, description="not supported: only text")
+
+    def field(self, name: str) -> str:
+        if name == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return {"prompt": "messages", "logprobs": "top_logprobs"}.get(name, name)
 
 
 # ------------------------------------------------------------------------------------------------------ answers

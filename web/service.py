@@ -54,6 +54,8 @@ class Ask:
             try:
                 job, event = await asyncio.wait_for(self._events.get(), IDLE_SECONDS)
             except asyncio.TimeoutError:
+                if all(job.cancelled for job in self.jobs):
+                    return  # before Python 3.12 wait_for may swallow the cancelling of who asks, and no event comes any more
                 yield None
                 continue
             if isinstance(event, Exception):
@@ -113,6 +115,12 @@ class Service:
                 "context_length_exceeded",
             )  # fmt: skip
 
+    def check_name(self, model: str) -> None:
+        """Raises Refused for a model that is not served here."""
+        if model != self.name:
+            message = f"the model {model!r} does not exist; this server has {self.name!r}"
+            raise Refused(404, message, "model", "model_not_found")
+
     def encode_chat(self, body: ChatRequest) -> list[int]:
         """Ids of a chat up to where the assistant answers."""
         if not self.tokenizer.has_chat_template:
@@ -135,13 +143,12 @@ class Service:
         """
         if not self.batcher.ready.is_set() and not self.batcher.closing:
             raise Refused(503, "the model is starting", code="starting", retry_after=5)
-        if isinstance(body, OpenAIRequest) and body.model not in (None, self.name):
-            message = f"the model {body.model!r} does not exist; this server has {self.name!r}"
-            raise Refused(404, message, "model", "model_not_found")
+        if isinstance(body, OpenAIRequest) and body.model is not None:
+            self.check_name(body.model)
         if len(prompts) * n > (most := min(self.cfg.max_choices, self.cfg.max_queue)):
             raise Refused(400, f"{len(prompts)} prompts with n = {n}: at most {most} completions a request", "n")
         if top is not None and top > self.cfg.max_logprobs:
-            raise Refused(400, f"{top} logprobs asked for, at most {self.cfg.max_logprobs} are given", "logprobs")
+            raise Refused(400, f"{top} logprobs asked for, at most {self.cfg.max_logprobs} are given", body.field("logprobs"))
         seed = secrets.randbits(48) if body.seed is None else body.seed
         deadline = time.monotonic() + self.cfg.timeout_s
         jobs: list[Job] = []
@@ -161,18 +168,21 @@ class Service:
         """A row's parameters, or None where nothing is to be written. Raises Refused for what does not fit."""
         sampler, table = self.batcher.sampler, self.batcher.sampler.cfg.vocab_size
         if not all(id < table for id in prompt):
-            raise Refused(400, f"a token id is outside the vocabulary of {table}", "prompt")
+            raise Refused(400, f"a token id is outside the vocabulary of {table}", body.field("prompt"))
         if new is None:
             new = min(self.cfg.max_new_tokens, max(1, self.context - -(-len(prompt) // self.k) * self.k))
         if new > self.cfg.max_new_tokens:
-            raise Refused(400, f"{new} tokens asked for, at most {self.cfg.max_new_tokens} are written", "max_tokens")
+            most = self.cfg.max_new_tokens
+            raise Refused(400, f"{new} tokens asked for, at most {most} are written", body.field("max_tokens"))
         try:
             sampler.check(prompt, new)
             return body.params(new, seed) if new else None
         except UserError as error:
-            raise Refused(
-                400, str(error).replace(" (infer.py --truncate_prompt)", ""), "prompt", "context_length_exceeded"
-            ) from None
+            message, code = (
+                str(error).replace(" (infer.py --truncate_prompt)", ""),
+                "context_length_exceeded" if prompt else None,
+            )
+            raise Refused(400, message, body.field("prompt"), code) from None
 
     # ---------------------------------------------------------------------------------------------- answers
     def generated(self, ask: Ask) -> dict[str, Any]:
@@ -180,7 +190,7 @@ class Service:
         job = ask.jobs[0]
         writing = max(1e-9, job.last_chunk - job.joined)
         timing = {
-            "queued_s": job.joined - job.submitted, "first_chunk_s": job.first_chunk - job.submitted,
+            "queued_s": job.taken - job.submitted, "first_chunk_s": job.first_chunk - job.submitted,
             "total_s": job.last_chunk - job.submitted, "tokens_per_s": len(job.token_ids) / writing,
         }  # fmt: skip
         return {
@@ -198,7 +208,7 @@ class Service:
             if i == of_prompt:
                 at += len(stream.flush())
                 prompt_end = at
-            if i >= of_prompt and at - prompt_end >= len(text) and job.finish_reason == "stop" and job.ended is None:
+            if i >= of_prompt and at - prompt_end >= len(text) and job.cut:
                 return ids[:i], strings, offsets
             strings.append(self.tokenizer.token_bytes(id).decode("utf-8", errors="replace"))
             offsets.append(at)

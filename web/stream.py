@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from student.batching import Finished
+from student.batching import Finished, Job
 from student.scoring import Scores
 from web.guard import error_content, log
 from web.protocol import OpenAIRequest, Refused
@@ -112,8 +112,13 @@ async def openai_events(
                 yield event({**head, **extra, "choices": [service.part(job, text, body, job.index not in begun)]})
                 begun.add(job.index)
             if isinstance(what, Finished):
-                ending = service.last_part(job, ask.texts[job.index], what.scores, body)
-                yield event({**head, **extra, "choices": [ending]})
+
+                def ending(job: Job = job, scores: Scores | None = what.scores) -> bytes:
+                    choice = service.last_part(job, ask.texts[job.index], scores, body)
+                    return event({**head, **extra, "choices": [choice]})
+
+                # thousands of scores are megabytes of JSON, for which nobody else should have to wait
+                yield await asyncio.to_thread(ending) if what.scores else ending()
         if with_usage:
             yield event({**head, "choices": [], "usage": ask.usage})
         yield DONE
