@@ -52,7 +52,8 @@ class TokenizerAdapter:
 
     Build with `load`. `size` counts the entries, added tokens included; `model_vocab_size` >= size is the width of the
     model's table: that of config.json beside the tokenizer, else of a known family, else size rounded up to a multiple
-    of 64. `eot_id` ends every document; `pad_id` may equal it; any of `stop_ids` in generated text ends it.
+    of 64. `eot_id` ends every document; `pad_id` may equal it; any of `stop_ids` in generated text ends it. `start_id` is what
+    a model with this tokenizer expects before a text: its begin-of-text token, else `eot_id`.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class TokenizerAdapter:
             raise UserError(f"tokenizer {source} names no end-of-text token: set eos_token in its tokenizer_config.json")
         pad = self._first(self._name("pad_token"), *PAD_NAMES)
         self.eot_id, self.pad_id = eot, eot if pad is None else pad
-        ends = (self._first(self._name(key)) for key in ("eos_token", "bos_token"))  # a BOS begins another document
-        self.stop_ids = frozenset({eot, *(i for i in ends if i is not None)})
+        eos, bos = (self._first(self._name(key)) for key in ("eos_token", "bos_token"))
+        self.stop_ids = frozenset({eot, *(i for i in (eos, bos) if i is not None)})  # a BOS begins another document
+        self.start_id = eot if bos is None or self._config.get("add_bos_token") is False else bos
 
         width = _expect(int, settings.get("model_vocab_size") or width, f"{source}: the model's vocabulary size") or 0
         if width > LARGEST_VOCABULARY:

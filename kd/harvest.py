@@ -4,9 +4,9 @@
 
 The teacher is VENICE_BASE_URL, VENICE_API_KEY and VENICE_MODEL, from the environment or .env. Prompts are the beginnings of
 packed documents (--data), JSON lines (--prompts: `text` to be continued, `prompt` to be answered, or chat `messages`), or
-neither: a base model's start of text, which is the tokenizer's end-of-text token. They are used in order, and again with
-other seeds when all were used. With --mode score the teacher writes nothing: it tells the logprobs of --data's own text,
-where the server can (vLLM, kd/local_teacher.py).
+neither: a base model's start of text, its begin-of-text token or, where it has none, end-of-text. They are used in order, and
+again with other seeds when all were used. With --mode score the teacher writes nothing: it tells the logprobs of --data's own
+text, where the server can (vLLM, kd/local_teacher.py).
 
 Request i is a function of the settings, the prompts and i alone, and an answer is committed before it is used. So the same
 command run again, after a kill, a spent budget or for more tokens, asks for what is missing and for nothing else. The
@@ -22,7 +22,7 @@ import re
 import signal
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -52,6 +52,7 @@ from kd.store import Store, request_key
 
 PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says
 ALL_MISALIGNED = 20  # answers, none of which can be used: it is the wrong tokenizer, or a model that writes no text
+RECENT, MOSTLY = 100, 90  # so many of the last so many: something has changed, or the good ones were luck
 NO_TEXT = "the teacher wrote no text"
 IF_NO_TEXT = "one that thinks first needs more --max_new_tokens; one that answers at once teaches more for the money"
 
@@ -93,6 +94,7 @@ class Harvest:
         self.summary = Summary(errors=client.errors)
         self.fields: dict[str, Any] = {}  # what asks for logprobs
         self.probed = b""  # the key of this run's first call
+        self.recent: deque[str | None] = deque(maxlen=RECENT)  # why the last answers cannot be used
         self.bar: Any = None
 
     async def run(self) -> None:
@@ -103,6 +105,11 @@ class Harvest:
         if cfg.dry_run:
             return self._estimate(None)
         first = await self._probe()
+        if not self.summary.top_logprobs and cfg.mode == "score":
+            raise UserError(
+                f"{client.settings.base_url} tells no logprobs of a text that it is given: --mode score needs a server that "
+                "echoes token ids with their logprobs, such as vLLM or kd/local_teacher.py"
+            )
         if not self.summary.top_logprobs:
             why = f"{client.settings.model} gives no top logprobs" if cfg.top_logprobs else "--top_logprobs 0"
             if cfg.top_logprobs and first is None:
@@ -203,9 +210,15 @@ class Harvest:
             self._count(self._taught(outcome))
         self.bar.set_postfix_str(
             f"{summary.answers + summary.found} answers, {self.client.dollars}, {self.client.errors.total()} retries, "
-            f"{summary.dropped.total()} dropped",
+            f"{summary.dropped.total()} dropped, {summary.misaligned.total()} of no use",
             refresh=False,
         )
+        useless = Counter(reason for reason in self.recent if reason is not None)
+        if summary.aligned and useless.total() >= MOSTLY:
+            raise Stopped(
+                f"{useless.total()} of the last {len(self.recent)} answers cannot be used ({useless.most_common(1)[0][0]}); "
+                "tools/verify_api.py shows more, and the same command goes on"
+            )
         if not summary.aligned and summary.misaligned.total() >= ALL_MISALIGNED:
             reason, _ = summary.misaligned.most_common(1)[0]
             if reason == NO_TEXT:
@@ -217,6 +230,7 @@ class Harvest:
 
     def _note(self, misaligned: str | None) -> None:
         """Count what `_commit` found."""
+        self.recent.append(misaligned)
         if misaligned is None:
             self.summary.aligned += 1
         else:
@@ -239,7 +253,9 @@ class Harvest:
         if self.table is not None:
             try:
                 text_alone = not self.cfg.top_logprobs
-                parse_answer(job.body, answer.body, self.table, prompt_ids=job.prompt_ids, text_alone=text_alone)
+                record = parse_answer(job.body, answer.body, self.table, prompt_ids=job.prompt_ids, text_alone=text_alone)
+                if self.cfg.mode == "score" and not record.has_logprobs:
+                    return "no logprobs"
             except Misaligned as error:
                 return str(error)
         return None

@@ -46,11 +46,22 @@ from configs.errors import UserError, run_cli
 from configs.files import read_json
 from configs.packed import Packed, id_dtype, write_header
 from kd.prompts import prompt_ids_of
-from kd.records import MISSING, Misaligned, TeacherRecord, TokenizerLike, TokenTable, choices_of, parse_answer
+from kd.records import (
+    MISSING,
+    Misaligned,
+    TeacherRecord,
+    TokenizerLike,
+    TokenTable,
+    choices_of,
+    parse_answer,
+    spells,
+    text_of,
+    told_ids,
+)
 from kd.store import Store, StoredAnswer
 
 KINDS = ("logprobs", "sequence")
-PACKING = 2  # version of how answers become documents and splits
+PACKING = 3  # version of how answers become documents and splits
 FILES = ("tokens.bin", "docs.bin", "top_ids.bin", "top_logprobs.bin")
 DEFAULT_K = 20
 
@@ -175,15 +186,20 @@ class KDShard(Packed):
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(wide), torch.from_numpy(logprobs.astype(np.float32))
 
 
-def document(record: TeacherRecord, eot_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """A record as a document: ids (T,), top ids (T, k), top logprobs (T, k), and whether it was cut before its end."""
+def document(
+    record: TeacherRecord, eot_id: int, start_id: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """A record as a document: ids (T,), top ids (T, k), top logprobs (T, k), and whether it was cut before its end.
+
+    What began the text for the teacher, its end-of-text or `start_id`, is left out.
+    """
     ids = np.concatenate([record.prompt_ids, record.sampled_id]).astype(np.int64)
     above = len(record.prompt_ids)
     below = int(not len(ids) or ids[-1] != eot_id)
     rows = ((above, below), (0, 0))
     top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
     top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
-    first = int(len(ids) > 1 and ids[0] == eot_id)
+    first = int(len(ids) > 1 and ids[0] in (eot_id, start_id))
     cut = bool(below) and (record.source == "score" or record.finish_reason in ("length", "content_filter"))
     return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:], cut
 
@@ -193,7 +209,8 @@ def split_rank(prompt: np.ndarray, request: Mapping[str, Any], ids: np.ndarray) 
     after it lies in one split, however often it was asked; by the document where there was none.
     """
     asked = request.get("messages") or request.get("prompt")
-    as_sent = json.dumps(asked).encode() if isinstance(asked, str) or "messages" in request else ids.tobytes()
+    told = isinstance(asked, str) or "messages" in request or (isinstance(asked, list) and len(asked) > 1)
+    as_sent = json.dumps(asked).encode() if told else ids.tobytes()
     source = hashlib.blake2b(prompt.tobytes() if len(prompt) else as_sent, digest_size=8).digest()
     return int.from_bytes(source, "big") / 2**64
 
@@ -243,18 +260,22 @@ def _pack(
     lowest, drawn = 1.0, True
     for answer in answers:
         try:
-            count = len(choices_of(answer.answer))
+            choices = choices_of(answer.answer)
         except Misaligned as error:
             counts[f"left out: {error}"] += 1
             continue
-        prompt_ids = prompt_ids_of(answer.request, answer.prompt_ids, tokenizer)
-        for index in range(count):
+        for index, choice in enumerate(choices):
             try:
+                text = text_of(choice)
+                prompt_ids = prompt_ids_of(answer.request, answer.prompt_ids, tokenizer, text)
+                if not k and isinstance(answer.request.get("prompt"), list) and not spells(told_ids(choice) or [], text, table):
+                    counts["prompts left out: ids of a tokenizer that may be another"] += bool(prompt_ids)
+                    prompt_ids = []
                 record = parse_answer(answer.request, answer.answer, table, index, prompt_ids, text_alone=k == 0)
             except Misaligned as error:
                 counts[f"left out: {error}"] += 1
                 continue
-            ids, top_ids, top_logprobs, cut = document(record, tokenizer.eot_id)
+            ids, top_ids, top_logprobs, cut = document(record, tokenizer.eot_id, tokenizer.start_id)
             if not len(record.sampled_id):
                 counts["left out: empty"] += 1
                 continue
@@ -266,7 +287,7 @@ def _pack(
             models.add(record.model)
             drawn &= record.source == "generate" and answer.request.get("temperature", 1) == 1
             of = record.prompt_ids if record.source == "generate" else np.array(prompt_ids or [], np.int32)
-            rank = split_rank(of[of != tokenizer.eot_id], answer.request, ids)
+            rank = split_rank(of[(of != tokenizer.eot_id) & (of != tokenizer.start_id)], answer.request, ids)
             lowest = min(lowest, rank)
             writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs, cut)
     if 0 < val_split <= lowest < 1:  # so few prompts that none came to validation: the first of them does

@@ -263,6 +263,10 @@ class TeacherClient:
                 if error.status not in (400, 422):
                     raise
                 continue
+            except Stopped as error:
+                if error.status != 403:  # OpenAI's, of models that are not to tell logprobs; else the plain call gets it, too
+                    raise
+                break
             return answer, fields, wire_top(answer.body)
         return await self.ask(body), {}, None
 
@@ -420,7 +424,7 @@ class TeacherClient:
         texts = (_dict(c.get("message")).get("content") or c.get("text") or "" for c in choices)
         n_written = _number(usage.get("completion_tokens"))
         if n_written is None:
-            n_written = sum(-(-len(str(text).encode()) // BYTES_PER_TOKEN) for text in texts)
+            n_written = sum(-(-len(str(text).encode(errors="replace")) // BYTES_PER_TOKEN) for text in texts)
         self.gate.correct(sum(expected) - n_prompt - n_written)
         cost = _number(_dict(answer.get("cost")).get("usd"))
         cost = (self.model.cost(n_prompt, n_written) or 0.0) if cost is None else cost

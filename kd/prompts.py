@@ -21,6 +21,7 @@ from kd.shards import Shard
 
 TEMPLATE = 1  # version of what `Prompts` makes of a prompt; part of every key
 DOCUMENT_TOKENS = 64  # by which the document of a scored piece is known
+FIRST_UNSPACED = 0x2E80  # the scripts of East Asia begin there, which set no spaces between words
 CONTINUE = "Continue the text below. Answer with the continuation alone: no comment, and nothing of the text itself.\n\n"
 
 
@@ -119,6 +120,15 @@ class Prompts:
                 return
 
     @property
+    def _start_id(self) -> int:
+        assert self.tokenizer is not None
+        return self.tokenizer.start_id
+
+    @property
+    def _has_bos(self) -> bool:
+        return self.tokenizer is not None and self.tokenizer.start_id != self.tokenizer.eot_id
+
+    @property
     def one_pass(self) -> bool:
         """Whether asking again would give the same answers."""
         return self.cfg.temperature == 0 or self.cfg.mode == "score"
@@ -137,12 +147,14 @@ class Prompts:
                     of = data.tokens[start : min(start + DOCUMENT_TOKENS, end)].tolist()
                     for first in range(start, end, self.cfg.max_new_tokens):
                         piece = data.tokens[first : min(first + self.cfg.max_new_tokens, end)].tolist()
-                        yield {"score": [*([data.meta["eot_id"]] if first == start else []), *piece], "of": of}
+                        begins = first == start or self._has_bos  # such a model is at a loss without its BOS
+                        yield {"score": [*([self._start_id] if begins else []), *piece], "of": of}
                     continue
                 ids = data.tokens[start : min(start + self.cfg.prompt_tokens, end - 1)].tolist()  # no end-of-text
-                if self.tokenizer is not None and (self.chat or self.cfg.as_text):  # as text it must not end within a character
-                    while ids and self.tokenizer.decode(ids).endswith(REPLACEMENT):
-                        ids.pop()
+                while ids and self.tokenizer is not None and self.tokenizer.decode(ids).endswith(REPLACEMENT):
+                    ids.pop()  # it must not end within a character: the answer's text would lack the rest
+                if ids and self.tokenizer is not None and self.chat:
+                    ids = to_last_space(ids, self.tokenizer)
                 if ids:
                     yield {"ids": ids}
         else:
@@ -195,14 +207,30 @@ def request_of(
     if cfg.as_text:
         return Job({**body, "prompt": text}, ids)
     assert tokenizer is not None and ids is not None
-    return Job({**body, "prompt": [tokenizer.eot_id, *ids]}, ids)  # as in packed data, where a document follows another
+    return Job({**body, "prompt": [tokenizer.start_id, *ids]}, ids)
 
 
-def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: TokenizerLike) -> list[int] | None:
+def to_last_space(ids: list[int], tokenizer: TokenizerLike) -> list[int]:
+    """A prompt up to its last white space, the space included: a chat's answer begins with a word, not with a space or the rest
+    of one. The whole prompt where that leaves nothing."""
+    text = tokenizer.decode(ids)
+    kept = text[: max((i for i, c in enumerate(text) if c.isspace()), default=-1) + 1]
+    return tokenizer.encode(kept) if kept.strip() else ids
+
+
+def seam(prompt: str, answer: str) -> str:
+    """A space, where a chat's answer would run into the last word of the text that it continues."""
+    words = prompt[-1:] + answer[:1]
+    return " " if len(words) == 2 and all(c.isalnum() and ord(c) < FIRST_UNSPACED for c in words) else ""
+
+
+def prompt_ids_of(
+    request: Mapping[str, Any], ids: list[int] | None, tokenizer: TokenizerLike, answer: str = ""
+) -> list[int] | None:
     """The prompt of a stored request as training text in this tokenizer's ids; `ids`: as it was when the answer was stored.
 
     That may have been another tokenizer, so a chat is encoded again, and so is a text that `ids` do not spell here. Prompts
-    that were sent as ids are in the teacher's own, and stay.
+    that were sent as ids are in the teacher's own, and stay. A text that a chat continued ends as `answer` wants it (`seam`).
     """
     text, messages = request.get("prompt"), request.get("messages")
     if messages and _is_chat(messages):
@@ -215,6 +243,7 @@ def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: 
                     return None
                 raise
         text = text.removeprefix(CONTINUE)
+        text += seam(text, answer)
     if not isinstance(text, str) or (ids is not None and tokenizer.decode(ids) == text):
         return ids
     return tokenizer.encode(text)

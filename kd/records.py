@@ -20,6 +20,7 @@ twice keeps the first; one that names a string twice names two tokens that canno
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections import Counter
@@ -47,6 +48,7 @@ class TokenizerLike(Protocol):
 
     size: int
     eot_id: int
+    start_id: int
     special_ids: frozenset[int]
     stop_ids: frozenset[int]
 
@@ -116,7 +118,10 @@ class TokenTable:
         text = token.text or ""
         if match := TOKEN_ID.fullmatch(text):
             return self.find(Token(id=int(match[1])))
-        raw = token.raw if token.raw is not None else text.encode("utf-8", errors="replace")
+        try:
+            raw = token.raw if token.raw is not None else text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair
+            return None
         if not raw or REPLACEMENT.encode() in raw:
             return None
         found = self._ids.get(raw)
@@ -196,6 +201,7 @@ def _parse(
         told = choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or sent
         written = next((choice[key] for key in ("token_ids", "output_ids") if choice.get(key)), None)
         tokens, scored = _generated(choice, meta), _scored(request, answer, choice, meta, told)
+    ours = tokens is None and written is None  # a tokenizer that normalises may spell a text otherwise
     if tokens is None:
         tokens = [Token(id=i) for i in (table.tokenizer.encode(text) if written is None else written)]
     elif request.get("echo"):
@@ -207,7 +213,7 @@ def _parse(
     source = "generate" if scored is None else "score"
     echoed = len(tokens) if not text else 0  # vLLM echoes no text beside ids
     skip = echoed if request.get("echo") else len(scored or [])
-    ids, tokens = _identify(tokens, text, table, skip=skip)
+    ids, tokens = _identify(tokens, None if ours else text, table, skip=skip)
 
     if source == "score":
         prompt: Any = []
@@ -216,7 +222,8 @@ def _parse(
         if any(not 0 <= i < table.tokenizer.size for i in prompt):
             raise Misaligned("the prompt is of another tokenizer")
     finish = choice.get("finish_reason") or choice.get("done_reason") or choice.get("stop_type") or meta.get("finish_reason")
-    top_ids, top_logprobs = _top(tokens, table)
+    asked = request.get("top_logprobs", request.get("logprobs"))
+    top_ids, top_logprobs = _top(tokens, table, asked if type(asked) is int else None)
     return TeacherRecord(
         source=source,
         model=str(answer.get("model") or request.get("model") or ""),
@@ -228,6 +235,29 @@ def _parse(
         top_ids=top_ids,
         top_logprobs=top_logprobs,
     )
+
+
+def told_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """The ids of the text's tokens in the teacher's own tokenizer; None where the server tells no ids. Raises Misaligned."""
+    for key in ("token_ids", "output_ids"):
+        if isinstance(choice.get(key), list) and choice[key]:
+            return choice[key]
+    try:
+        tokens = _generated(choice, choice.get("meta_info") or {}) or []
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise Misaligned("a shape that no known server has") from None
+    named = [TOKEN_ID.fullmatch(token.text or "") for token in tokens]
+    ids = [token.id if match is None else int(match[1]) for token, match in zip(tokens, named, strict=True)]
+    return [i for i in ids if i is not None] if ids and None not in ids else None
+
+
+def spells(ids: Sequence[Any], text: str, table: TokenTable) -> bool:
+    """Whether these ids are of this tokenizer, which the text that they should spell tells."""
+    try:
+        _identify([Token(id=i) for i in ids], text, table, skip=0)
+    except (Misaligned, TypeError):
+        return False
+    return True
 
 
 def wire_top(answer: Mapping[str, Any]) -> int | None:
@@ -332,11 +362,12 @@ def _assign(tokens: list[Token], ids: Sequence[int] | None) -> None:
         token.id = i
 
 
-def _identify(tokens: list[Token], text: str, table: TokenTable, skip: int) -> tuple[list[int], list[Token]]:
-    """The tokens' ids, after checking that the bytes of all but the first `skip` make up the text.
+def _identify(tokens: list[Token], text: str | None, table: TokenTable, skip: int) -> tuple[list[int], list[Token]]:
+    """The tokens' ids, after checking that the bytes of all but the first `skip` make up the text (None: not checked).
 
     One trailing entry that is no token of ours (a stop token's name, or "") is left out. A space that SentencePiece puts
-    before a text, and U+FFFD for a character cut by the length limit, may differ between bytes and text.
+    before a text, and what stands for a character cut by the length limit (U+FFFD, one or more, or nothing), may differ
+    between bytes and text.
     """
     found = [table.find(token) for token in tokens]
     if found and found[-1] is None:
@@ -349,10 +380,14 @@ def _identify(tokens: list[Token], text: str, table: TokenTable, skip: int) -> t
                 "a fragment of a character, sent without id or bytes" if fragment else "not a token of the tokenizer"
             )
         ids.append(i)
+    if text is None:
+        return ids, tokens
     joined = b"".join(map(table.tokenizer.token_bytes, ids[skip:]))
-    if text not in (joined.decode("utf-8", errors="replace"), joined[joined[:1] == b" " :].decode("utf-8", errors="replace")):
-        raise Misaligned("the tokens' bytes differ from the text")
-    return ids, tokens
+    for raw in (joined, joined[joined[:1] == b" " :]):
+        whole = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(raw)  # without a character that was begun
+        if text == (full := raw.decode("utf-8", errors="replace")) or (whole != full and text.rstrip(REPLACEMENT) == whole):
+            return ids, tokens
+    raise Misaligned("the tokens' bytes differ from the text")
 
 
 def clean_logprob(value: Any) -> float:
@@ -370,9 +405,21 @@ def clean_logprob(value: Any) -> float:
     return min(float(value), 0.0)
 
 
-def _top(tokens: Sequence[Token], table: TokenTable) -> tuple[np.ndarray, np.ndarray]:
-    """The known ones of the top lists, most probable first, (T, k) each; k: the longest list."""
+def _top(tokens: Sequence[Token], table: TokenTable, asked: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The known ones of the top lists, most probable first, (T, k) each; k: the longest list.
+
+    asked: how many the request asked for. vLLM lists the sampled token, too: in completions as one more, in chats in front of
+    the others, cut to as many. A row that may hold it for that reason loses its least likely entry, so that what stays are
+    the likeliest whatever was drawn, as `kd.losses` takes them to be.
+    """
     rows = [_known(token.top, table) for token in tokens]
+    if asked:
+        limit = asked - any(map(_sampled_in_front, tokens))
+        for token, row in zip(tokens, rows, strict=True):
+            if len(token.top) > limit and row:
+                least = min(other.logprob for other in token.top if type(other.logprob) in (int, float))
+                if row[-1][1] <= least:
+                    row.pop()
     shape = (len(rows), max(map(len, rows), default=0))
     ids, logprobs = np.full(shape, MISSING, dtype=np.int32), np.full(shape, np.nan, dtype=np.float32)
     for t, row in enumerate(rows):
@@ -381,6 +428,12 @@ def _top(tokens: Sequence[Token], table: TokenTable) -> tuple[np.ndarray, np.nda
         if row:
             ids[t, : len(row)], logprobs[t, : len(row)] = zip(*row, strict=True)
     return ids, logprobs
+
+
+def _sampled_in_front(token: Token) -> bool:
+    """Whether a top list begins with the sampled token though another is likelier."""
+    first, second = (token.top[0].logprob, token.top[1].logprob) if len(token.top) > 1 else (None, None)
+    return type(first) is float and first == token.logprob and type(second) is float and first < second
 
 
 def _known(top: Iterable[Token], table: TokenTable) -> list[tuple[int, float]]:

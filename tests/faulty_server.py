@@ -25,7 +25,7 @@ class ByteTokenizer:
     """Ids 0..255 are the bytes, then WORDS, then one special token."""
 
     size = 256 + len(WORDS) + 1
-    eot_id = size - 1
+    eot_id = start_id = size - 1
     special_ids = stop_ids = frozenset({eot_id})
     fallback_ids: frozenset[int] = frozenset()
     fingerprint = "bytes"

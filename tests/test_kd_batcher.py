@@ -201,6 +201,35 @@ def test_answers_become_two_splits(tmp_path: Path, tokenizer: TokenizerAdapter) 
     assert again["val documents"] == counts["val documents"]  # the split does not depend on the order
 
 
+def test_prompts_of_another_tokenizer_are_left_out_of_its_text_alone(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    """They were sent as ids, which are other words here; the answer's own ids tell whose they are."""
+    prompts = [f"import os{i}\n" for i in range(40)]
+    for ours in (True, False):
+        made = []
+        for i, answer in enumerate(answers(tokenizer, [f"x = {i}" for i in range(40)])):
+            choice = answer.answer["choices"][0]
+            if not ours:
+                choice["token_ids"] = choice["logprobs"]["token_ids"] = [t + 1 for t in choice["token_ids"]]
+            ids = tokenizer.encode(prompts[i])
+            request = {"model": "m", "prompt": [tokenizer.eot_id, *ids]}
+            made.append(dataclasses.replace(answer, request=request, prompt_ids=ids if i % 2 else None))
+        counts = pack_answers(made, tokenizer, tmp_path / "kd", k=0, val_split=0.3)
+        left_out = counts.get("prompts left out: ids of a tokenizer that may be another", 0)
+        texts = [
+            tokenizer.decode(doc)
+            for data in PackedData.pair(tmp_path / "kd") if data.n_tokens
+            for doc in np.split(data.tokens, data.doc_starts[1:])
+        ]  # fmt: skip
+        assert sorted(texts) == sorted((prompts[i] if ours else "") + f"x = {i}" for i in range(40))
+        assert (left_out > 0) is not ours
+
+
+def test_begin_of_text_is_no_part_of_a_document() -> None:
+    scored = dataclasses.replace(record([], [9, 5, 6], *tops([6, 8], [7, 9], [8, 9])), source="score")
+    ids, top_ids, _, _ = document(scored, eot_id=1, start_id=9)
+    assert ids.tolist() == [5, 6, 1] and top_ids[:2].tolist() == [[7, 9], [8, 9]]
+
+
 def test_what_is_written_to_a_prompt_lies_in_one_split_whatever_is_known_of_it(
     tmp_path: Path, tokenizer: TokenizerAdapter
 ) -> None:

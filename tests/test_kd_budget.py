@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from faulty_server import good
+from conftest import World
+from faulty_server import FaultyServer, good
 from test_kd_client import BODY, KEY, LOCAL, PRICED, VENICE, _ignore, call
+from test_kd_faults import config, quiet
 
+from configs.errors import UserError
 from kd.kd_client import Dropped, Stopped, TeacherClient, request_tokens
 from kd.limits import Patience
 from kd.settings import Settings
@@ -26,6 +30,23 @@ def billed(asked: list[int], prompt_tokens: int) -> Any:
         return httpx.Response(200, json={**good(), "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}})
 
     return handler
+
+
+def test_scoring_ends_where_no_logprobs_come(packed: World, tmp_path: Path) -> None:
+    """After the first call, not after the whole corpus."""
+    cfg = config(tmp_path, 1, data=str(packed.data), prompts=None, mode="score", top_logprobs=2)
+    with FaultyServer(lambda n, prompt: "odd null") as server:
+        with pytest.raises(UserError, match="tells no logprobs of a text that it is given: --mode score needs"):
+            quiet(cfg, server.url)
+        assert len(server.log) == 1
+
+
+def test_answers_that_are_mostly_of_no_use_stop_the_run(tmp_path: Path) -> None:
+    """One that could be used does not switch the watch off."""
+    with FaultyServer(lambda n, prompt: "good" if n == 0 else "odd empty") as server:
+        with pytest.raises(Stopped, match=r"90 of the last 9\d answers cannot be used \(the teacher wrote no text\)"):
+            quiet(config(tmp_path, 500, concurrency=2), server.url)
+        assert 91 <= len(server.log) <= 100
 
 
 def test_budget_is_never_passed() -> None:

@@ -194,6 +194,26 @@ def test_another_model_stops() -> None:
     assert same_model("gpt-4o", "gpt-4o-2024-08-06") and not same_model("gpt-4o", "gpt-4o-mini") and not same_model("a", "b")
 
 
+def test_a_model_that_may_not_tell_logprobs_is_asked_without() -> None:
+    """As OpenAI answers for some of its models; a key that may not use the model gets the same to the plain call."""
+    asked: list[bool] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append("logprobs" in json.loads(request.content))
+        denied = httpx.Response(403, json={"error": {"message": "You are not allowed to request logprobs from this model"}})
+        return denied if asked[-1] else httpx.Response(200, json=good())
+
+    _, fields, top = call(handler, lambda client: client.probe(BODY))
+    assert (fields, top, asked) == ({}, None, [True, False])
+    with pytest.raises(Stopped, match="may not use this model"):
+        call(replies(httpx.Response(403, json={})), lambda client: client.probe(BODY))
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_no_end() -> None:
+    answer = {key: value for key, value in good("\ud83d").items() if key != "usage"}
+    assert ask(replies(httpx.Response(200, content=json.dumps(answer).encode()))).completion_tokens == 1
+
+
 def test_retry_after_holds_everything_back() -> None:
     """The other worker's request, too, which was refused nothing."""
     sent: list[float] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from ae.chunks import PackedWriter
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.harvest import HarvestConfig
-from kd.prompts import Prompts, request_of
+from kd.prompts import Prompts, prompt_ids_of, request_of, to_last_space
 from kd.settings import Settings
 
 
@@ -37,7 +39,7 @@ def test_bodies_are_what_each_server_understands() -> None:
     assert (job.body["top_p"], job.body["top_k"], job.body["min_p"]) == (1, -1, 0)  # else a model's own defaults would cut
 
 
-def test_a_prompt_sent_as_text_ends_with_a_whole_character(packed: World, tmp_path: Path) -> None:
+def test_a_prompt_ends_with_a_whole_character(packed: World, tmp_path: Path) -> None:
     tokenizer = TokenizerAdapter.load(packed.root / "tokenizer")
     ids = [*tokenizer.encode("x = 1"), *tokenizer.encode("\U0001f600")[:-1]]
     assert tokenizer.decode(ids).endswith("\ufffd")
@@ -45,9 +47,63 @@ def test_a_prompt_sent_as_text_ends_with_a_whole_character(packed: World, tmp_pa
     writer.add(np.array([*ids, 5, 6, tokenizer.eot_id]))
     writer.close(tokenizer_fingerprint=tokenizer.fingerprint, tokenizer="t", eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)
     local = Settings("http://127.0.0.1:1/v1", "m", KEY)
-    for as_text, cut in ((True, "x = 1"), (False, [tokenizer.eot_id, *ids])):
+    for as_text, cut in ((True, "x = 1"), (False, [tokenizer.eot_id, *tokenizer.encode("x = 1")])):
         cfg = HarvestConfig(data=str(tmp_path), prompt_tokens=len(ids), text_prompts=as_text)
         assert next(iter(Prompts(cfg, local, tokenizer))).body["prompt"] == cut
+
+
+class WithStart(ByteTokenizer):
+    """Its begin-of-text token is another than its end-of-text."""
+
+    start_id = 255
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WithStart()])
+def test_a_text_begins_as_the_teacher_knows_it(packed: World, tokenizer: ByteTokenizer) -> None:
+    """A model with a begin-of-text token is at a loss without it, in every piece; others go on within a document."""
+    local = Settings("http://127.0.0.1:1/v1", "m", KEY)
+    job = request_of(HarvestConfig(), local, tokenizer, False, 0, {"ids": [*b"Once"]})
+    assert job.body["prompt"] == [tokenizer.start_id, *b"Once"] and job.prompt_ids == [*b"Once"]
+    cfg = HarvestConfig(data=str(packed.data), mode="score", max_new_tokens=16)
+    pieces = [job.body["prompt"] for job in islice(Prompts(cfg, local, tokenizer), 40)]
+    begun = [piece[0] == tokenizer.start_id and len(piece) in (17, 16 + 1) for piece in pieces[:2]]
+    assert begun == [True, tokenizer.start_id != tokenizer.eot_id]
+
+
+def test_begin_of_text_as_the_tokenizers_files_tell_it(tokenizer: TokenizerAdapter, tmp_path: Path) -> None:
+    assert tokenizer.start_id == tokenizer.eot_id  # it has none
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    for more, start in (({}, tokenizer.pad_id), ({"add_bos_token": False}, tokenizer.eot_id)):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": "<|pad|>", **more}))
+        assert TokenizerAdapter.load(tmp_path).start_id == start
+
+
+def test_a_chat_goes_on_where_a_word_begins(tmp_path: Path, packed: World) -> None:
+    tokenizer = ByteTokenizer()
+    for text, kept in (("The cat sa", "The cat "), ("    def f", "    def "), ("\u732b\u304c", "\u732b\u304c"), ("  x", "  x")):
+        assert tokenizer.decode(to_last_space(tokenizer.encode(text), tokenizer)) == kept
+    venice = Settings("https://api.venice.ai/api/v1", "m", KEY)
+    ours = TokenizerAdapter.load(packed.root / "tokenizer")
+    for job in islice(Prompts(HarvestConfig(data=str(packed.data)), venice, ours), 20):
+        assert job.body["messages"][0]["content"].endswith((" ", "\n")) and job.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "whole"),
+    [
+        ("The cat sat", "on the mat.", "The cat sat on the mat."),
+        ("The cat sat", ", and", "The cat sat, and"),
+        ("The cat sat ", "on", "The cat sat on"),
+        ("The cat sat", " on", "The cat sat on"),
+        ("\u732b\u304c", "\u5ea7\u308b", "\u732b\u304c\u5ea7\u308b"),
+    ],
+)
+def test_a_chats_answer_does_not_run_into_its_prompt(text: str, answer: str, whole: str) -> None:
+    tokenizer, venice = ByteTokenizer(), Settings("https://api.venice.ai/api/v1", "m", KEY)
+    job = request_of(HarvestConfig(), venice, tokenizer, True, 0, {"text": text})
+    prompt = prompt_ids_of(job.body, job.prompt_ids, tokenizer, answer)
+    assert prompt is not None and tokenizer.decode(prompt) + answer == whole
 
 
 def test_a_prompt_for_a_teachers_text_alone_is_no_ids_of_another_tokenizer() -> None:

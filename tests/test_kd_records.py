@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import ROOT
 from faulty_server import SPECIAL, ByteTokenizer, chat_answer, entry, good, odd
 
 from ae.tokenizer_adapter import TokenizerAdapter
-from kd.records import MISSING, Misaligned, Token, TokenTable, parse_answer, wire_top
+from kd.records import MISSING, Misaligned, Token, TokenTable, parse_answer, spells, told_ids, wire_top
 
 STORIES = ROOT.parent / "shared" / "teachers" / "stories260k"
 TOKENIZER = ByteTokenizer()
@@ -130,6 +131,56 @@ def test_the_text_alone_of_another_tokenizer() -> None:
     assert not len(parse_answer({"messages": []}, answer, TABLE, text_alone=True).prompt_ids)
     echoed = parse_answer({"prompt": [THE], "echo": True}, completions(), TABLE, text_alone=True)
     assert TOKENIZER.decode(echoed.sampled_id) == "the cat" and not len(echoed.prompt_ids)
+
+
+@pytest.mark.parametrize("text", ["the", "the\ufffd", "the\ufffd\ufffd"])
+def test_a_character_that_the_length_limit_cut(text: str) -> None:
+    """vLLM leaves what was begun of it out; others put one U+FFFD for it, or one for each byte."""
+    ids = [THE, *"\u732b".encode()[:2]]
+    answer = {"model": "m", "choices": [{"text": text, "finish_reason": "length", "token_ids": ids}]}
+    assert parse_answer({}, answer, TABLE).sampled_id.tolist() == ids
+    answer["choices"][0]["token_ids"] = [THE]  # type: ignore[index]
+    if text != "the":
+        with pytest.raises(Misaligned, match="differ from the text"):
+            parse_answer({}, answer, TABLE)
+
+
+def test_a_text_that_the_tokenizer_spells_otherwise_is_kept_where_it_is_encoded_here() -> None:
+    """As one that normalises does."""
+
+    class Normalising(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(unicodedata.normalize("NFC", text))
+
+    record = parse_answer({}, chat_answer("10 k\u2126", None), TokenTable(Normalising()))
+    assert TOKENIZER.decode(record.sampled_id.tolist()) == "10 k\u03a9"
+
+
+def test_half_a_surrogate_pair_is_no_token() -> None:
+    assert TABLE.find(Token(text="\ud83d")) is None and TABLE.find(Token(text="?")) == ord("?")
+
+
+def test_rows_are_the_likeliest_whatever_was_drawn() -> None:
+    """vLLM lists the sampled token, too: in chats in front, in place of the last; in completions as one more."""
+    drawn = [entry("the", -3.0, top=[entry("the", -3.0), entry(" cat", -0.5)])]
+    likeliest = [entry(" cat", -0.5, top=[entry(" cat", -0.5), entry(" sat", -1.5)])]
+    chat = {"messages": [], "top_logprobs": 2}
+    record = parse_answer(chat, chat_answer("the cat", drawn + likeliest), TABLE)
+    assert record.top_ids.tolist() == [[CAT], [CAT]] and record.sampled_id.tolist() == [THE, CAT]
+    record = parse_answer(chat, chat_answer(" cat", likeliest), TABLE)  # nothing tells that it is vLLM
+    assert record.top_ids.tolist() == [[CAT, SAT]]
+    rows = [{" cat": -0.5, " sat": -1.5, "the": -3.0}, {" cat": -0.25, " sat": -2.0}]
+    record = parse_answer({"prompt": "x", "logprobs": 2}, completions(token_logprobs=[-3.0, -0.25], top_logprobs=rows), TABLE)
+    assert record.top_ids.tolist() == [[CAT, SAT], [CAT, SAT]]
+
+
+def test_whose_ids_an_answer_tells() -> None:
+    def choice(**more: Any) -> dict[str, Any]:
+        return completions(tokens=["token_id:256", "token_id:257"])["choices"][0] | more
+
+    assert told_ids(choice()) == [THE, CAT] and told_ids(choice(token_ids=[1, 2])) == [1, 2]
+    assert told_ids(completions()["choices"][0]) is None and told_ids(good()["choices"][0]) is None
+    assert spells([THE, CAT], "the cat", TABLE) and not spells([1, 2], "the cat", TABLE) and not spells([], "the", TABLE)
 
 
 def test_echo_scores_prompt_and_text() -> None:

@@ -79,7 +79,7 @@ async def verify(cfg: VerifyConfig, client: TeacherClient, tokenizer: TokenizerA
     if not text_of_answer(answer.body):
         report.row("text", "none", f"{NO_TEXT} in {answer.completion_tokens} tokens: {IF_NO_TEXT}")
     told = answer.body.get("model")
-    if told != settings.model:
+    if told is not None and told != settings.model:
         report.row("answered by", str(told), f"the answers are those of {told!r}")
     if not top:
         others = ", ".join(model.name for model in models if model.logprobs) or "none"
