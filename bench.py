@@ -18,6 +18,8 @@ Prints a table and, last, one JSON line.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import itertools
 import json
@@ -323,14 +325,23 @@ def print_peak(args: argparse.Namespace, device: torch.device) -> None:
         racer = race.make_racer(args.peak_of, model, words_of, rows=batch, prompt=prompt, new=new, dtype=dtype, **vocabulary)
         del model  # a racer on the fast path has weights of its own: what is told is the running's, not the loading's
         let_go()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak(device)
         racer.run(prompts_of(words_of, batch, prompt, 0), new, 0)
     else:
         racer, tokenizer = eager_racer(args.peak_of, args, device)
         racer.run([tokenizer.encode(args.prompts[0])], args.max_new_tokens, 0)
     gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     print(gpu or own_peak())
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin the peak anew: of the GPU's memory, or of this process's where it runs Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a kernel or a C library without it: the peak holds the loading's
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is kept otherwise (`tune_process`)
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def own_peak() -> float:

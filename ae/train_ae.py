@@ -72,7 +72,7 @@ def reconstruction(
 def main() -> None:
     cfg = parse_config(AETrainConfig, __doc__)
     train, val = PackedData.pair(cfg.data)
-    shape = AEConfig(train.meta["vocab_size"], cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)
+    shape = AEConfig(train.vocab_size, cfg.k, cfg.latent_dim, cfg.embed_dim, cfg.num_layers)
     windows = TrainWindows(train, cfg.k, cfg.batch_size, cfg.seed)
     val.require_window(cfg.k)
     total = loop.total_steps(cfg, windows.steps_per_epoch)
@@ -92,7 +92,7 @@ def main() -> None:
             latent_dropout=cfg.latent_dropout, token_mask=cfg.token_mask,
         )  # fmt: skip
 
-    n_random, size = round(cfg.random_tokens * cfg.batch_size), train.meta["vocab_size"]
+    n_random, size = round(cfg.random_tokens * cfg.batch_size), train.vocab_size
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
         chunks = windows.batch(step)  # (B, K)

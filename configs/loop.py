@@ -41,14 +41,15 @@ from configs.run import (
 )
 from configs.schema import LMTrainConfig, TrainConfig, as_dict
 
-# Settings that may differ on --resume without a word; any other makes it another run than was interrupted, and is said.
+# Settings that may change on --resume silently; a change of any other is logged, since it makes a different run.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
 FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard", "dry_run", "grad_accum", "fsdp", "activation_checkpointing"}
 NS_STEPS = 5  # Muon's Newton-Schulz iterations
+SPREAD = 0x9E3779B1  # 2^32 over the golden ratio: steps of different seeds are far apart
 
 
 class NoRun(Run):
-    """Writes no file: of a dry run, and of all processes but the first; of those nothing is said either."""
+    """Writes no files: for a dry run (which still prints) and for every process but the first (which does not)."""
 
     def __init__(self, says: bool) -> None:
         self.folder, self._says = Path(os.devnull), says
@@ -144,6 +145,7 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
     ]
     if isinstance(cfg, LMTrainConfig) and parts["tables"]:  # a higher rate, but no more decay
         groups.append({"params": parts["tables"], "weight_decay": cfg.weight_decay / cfg.table_lr, "scale": cfg.table_lr})
+    groups = [group for group in groups if group["params"]]  # a sharded save with an empty one cannot be read back
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if not isinstance(cfg, LMTrainConfig) or cfg.optimizer == "adamw":
         return [adamw]
@@ -207,14 +209,13 @@ def fit(
     if here.first and not cfg.resume and not here.restarts:  # what restarts must not go on from another training's save
         set_aside(shards)
         set_state_aside(state_path)
-    saved = (
-        [place for place in whole_saves(shards) if not place.name.startswith(OLD)]
-        if replicas.sharded
-        else saved_states(state_path)
-    )
+    if replicas.sharded:
+        place, saved = shards, [save for save in whole_saves(shards) if not save.name.startswith(OLD)]
+    else:
+        place, saved = state_path, saved_states(state_path)
     if cfg.resume or (here.restarts and saved):
-        state = replicas.in_turn(_saved_state, name, shards if replicas.sharded else state_path, saved, cfg, content, run)
-        first, source = state["step"], saved[0] if replicas.sharded else state_path
+        state = replicas.in_turn(_saved_state, name, place, saved, cfg, content, run)
+        first, source = state["step"], saved[0] if replicas.sharded else place
         if first > total:
             raise UserError(f"--resume: {source} is at step {first}, past the {total} that were asked for; raise --max_steps")
         decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in every]
@@ -223,7 +224,8 @@ def fit(
         else:
             load_weights(model, state["state"], state_path)
             for optimizer, kept in zip(every, state.get("optimizers") or [state["optimizer"]], strict=True):
-                optimizer.load_state_dict(kept)
+                groups = [group for group in kept["param_groups"] if group["params"]]  # older saves have empty ones
+                optimizer.load_state_dict({**kept, "param_groups": groups})
         for optimizer, asked_for in zip(every, decays, strict=True):  # the save has its own
             for group, decay in zip(optimizer.param_groups, asked_for, strict=True):
                 group["weight_decay"] = decay
@@ -262,7 +264,7 @@ def fit(
             rate = learning_rate(step, total, cfg)
             for group in (group for optimizer in every for group in optimizer.param_groups):
                 group["lr"] = rate * group.get("scale", 1.0)
-            torch.manual_seed((cfg.seed << 32) + step)
+            torch.manual_seed((cfg.seed * SPREAD + step) % 2**32)  # a CPU's generator takes no more bits
             batch = batch_at(step)
             loss, parts = replicas.backward(loss_of, batch, step, setup.autocast)
             norm = replicas.clip(cfg.grad_clip)
@@ -298,7 +300,7 @@ def fit(
             if asked and done < total:
                 save(done)
                 bar.close()
-                run.log(f"{name}: stopped at step {done} of {total} and saved {state_path}. Go on with: {_resume_command()}")
+                run.log(f"{name}: stopped at step {done} of {total} and saved {place}. Go on with: {_resume_command()}")
                 sys.exit(EXIT_INTERRUPTED if asked == signal.SIGINT else 0)
             if cfg.save_every and done % cfg.save_every == 0 and done < total:
                 save(done)

@@ -7,7 +7,6 @@ them than at float32 ones (docs/log.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +34,7 @@ class Float32Muon(torch.optim.Muon):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]  # the loop passes no closure
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -50,4 +45,3 @@ class Float32Muon(torch.optim.Muon):
                 update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
-        return loss

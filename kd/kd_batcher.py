@@ -90,7 +90,8 @@ class KDWriter:
     def add(self, ids: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray, cut: bool = False) -> None:
         """Append a document: ids (T,), its end-of-text included, top_ids and top_logprobs (T, any k), best first.
 
-        Missing are ids of -1 and logprobs of NaN. Rows are cut or filled up to the shard's k. cut: its end is none.
+        Missing are ids of -1 and logprobs of NaN. Rows are cut or filled up to the shard's k. cut: the answer was cut off, and
+        its end-of-text is not the teacher's.
         """
         if top_ids.shape != top_logprobs.shape or top_ids.shape[:1] != ids.shape:
             raise ValueError(f"shapes do not fit: ids {ids.shape}, top ids {top_ids.shape}, logprobs {top_logprobs.shape}")

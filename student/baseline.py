@@ -140,8 +140,8 @@ def main() -> None:
 
     cfg = parse_config(LMTrainConfig, __doc__)
     text = PackedData(Path(str((cfg.use_kd and cfg.kd_data) or cfg.data)) / "train")
-    shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=text.meta["vocab_size"])
-    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # it costs money: all that can be checked before, is
+    shape = BackboneConfig(**backbone_fields(cfg), k=cfg.k, vocab_size=text.vocab_size)
+    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # may cost money: after all that can be checked before
     train, val = PackedData.pair(teacher.folder) if teacher else PackedData.pair(cfg.data)
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     val.require_window(shape.context)

@@ -91,7 +91,7 @@ class Job:
     @property
     def texts(self) -> list[Text]:
         """What is to be scored, one behind the other: the prompt, if asked for, from its first token on, so that a token's
-        likelihood does not hang on how many follow it; then what was written, under the distribution that it was drawn from.
+        likelihood does not depend on how many follow it; then what was written, under the distribution that it was drawn from.
         """
         told = [Text((), self.prompt, 0, self.top or 0)] if self.score_prompt else []
         return [*told, *([Text(self.prompt, self.written, len(self.prompt), self.top or 0)] if self.written else [])]

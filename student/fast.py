@@ -421,9 +421,7 @@ class FastSampler(Sampler):
         if model.local is None or self.window is None:
             return
         # Only the chunks that the next one still depends on, aligned at their ends: all of them where there is a memory.
-        need = longest
-        if model.local.memory is None:
-            need = min(longest, -(-len(model.local.layers) * model.local.window // k))
+        need = model.local.chunks_read(longest, k)
         at = chunks[:, None] - need + torch.arange(need, device=device)  # (n, need)
         rows, first = each[:, None], (-at[:, 0]).clamp(min=0) * k  # (n,): where a row begins
         g = model.unfold(h[rows, at.clamp(min=0)])[1].flatten(1, 2)  # (n, need * K, E)

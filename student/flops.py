@@ -109,14 +109,14 @@ def forward_flops(cfg: BackboneConfig) -> dict[str, float]:
         seen = cfg.context - 1
         return _sum(weights + _attention(cfg, seen * seen / cfg.context, 0, 0))
     # the local decoder's parallel pass has blocks of W queries by 2 W keys, and no entries of the last chunk
-    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * cfg.window, cfg.context - cfg.k))
+    return _sum(weights + _attention(cfg, cfg.seq_len, 2 * min(cfg.window, cfg.context), cfg.context - cfg.k))
 
 
 def training_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
     """FLOPs a training token, the optimizer's apart: three forward passes' worth of what learns, one of what is frozen.
 
     The mse loss runs the frozen encoder; base loss and soft targets each multiply by the vocabulary once more. Beside soft
-    targets a cross-entropy of ce_w 0 has no backward pass. Of use_kd the teacher is taken to have told its logprobs.
+    targets a cross-entropy of ce_w 0 has no backward pass. With use_kd the teacher is assumed to give logprobs.
     """
     parts = forward_flops(cfg)
     unlearnt = 2 * (train.use_kd and train.ce_w == 0) * parts["vocabulary"]

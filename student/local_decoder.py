@@ -239,6 +239,10 @@ class LocalDecoder(nn.Module):
         """How many tokens back the windows reach, through all layers; a memory has no such limit."""
         return len(self.layers) * (self.window - 1) + self.tokens
 
+    def chunks_read(self, chunks: int, k: int) -> int:
+        """Of so many chunks, the last ones that the next chunk depends on through this decoder; with a memory, all."""
+        return chunks if self.memory is not None else min(chunks, -(-len(self.layers) * self.window // k))
+
     def _enter(self, g: Tensor, previous: Tensor) -> Tensor:
         return self.enter(torch.cat([self.norm_g(g), self.norm_token(previous).flatten(-2)], dim=-1))
 

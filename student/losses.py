@@ -18,7 +18,7 @@ from student.student_model import Student
 
 def counts(tokens: Tensor, pads: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What the means over a batch divide by: its tokens that are no pads, and its chunks without pads."""
-    return tokens.numel() - pads.sum(), tokens.numel() // k - (pads > 0).sum()
+    return tokens.numel() - pads.sum(), (tokens.numel() // k - (pads > 0).sum()).clamp(min=1)  # all may have pads
 
 
 def student_loss(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class Ids:
         return b"x"
 
 
+T = TypeVar("T")
+
+
 class Racer(Protocol):
     """Continues prompts of equal length by `new` tokens each."""
 
@@ -96,8 +99,8 @@ class _FirstToken(BaseStreamer):
     def end(self) -> None: ...
 
 
-def count_calls(module: nn.Module, run: Callable[[], Any]) -> int:
-    """How often `module` is called while `run` runs."""
+def count_calls(module: nn.Module, run: Callable[[], T]) -> tuple[T, int]:
+    """What `run` returns, and how often `module` was called meanwhile."""
     calls = 0
 
     def hook(*_: Any) -> None:
@@ -106,10 +109,10 @@ def count_calls(module: nn.Module, run: Callable[[], Any]) -> int:
 
     handle = module.register_forward_hook(hook)
     try:
-        run()
+        result = run()
     finally:
         handle.remove()
-    return calls
+    return result, calls
 
 
 class TokenEager:
@@ -132,7 +135,7 @@ class TokenEager:
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
         torch.manual_seed(seed)
         ids = torch.tensor([list(p) for p in prompts], device=self.model.device)
-        streamer, steps, start = _FirstToken(), 0, time.perf_counter()
+        streamer, start = _FirstToken(), time.perf_counter()
 
         def generate() -> Tensor:
             return self.model.generate(
@@ -146,15 +149,9 @@ class TokenEager:
             with inductor.patch(cpp_wrapper=ids.device.type == "cpu"):
                 out, steps = generate(), new
         else:
-            out = None
-
-            def keep() -> None:
-                nonlocal out
-                out = generate()
-
-            steps = count_calls(self.model.model, keep)
+            out, steps = count_calls(self.model.model, generate)
         synchronise(ids.device)
-        assert out is not None and out.shape[1] == ids.shape[1] + new
+        assert out.shape[1] == ids.shape[1] + new
         return Lap(streamer.at - start, time.perf_counter() - start, 1, new, steps)
 
 
@@ -184,14 +181,7 @@ class StudentEager:
         self.sampler = sampler
 
     def run(self, prompts: Prompts, new: int, seed: int) -> Lap:
-        lap = None
-
-        def write() -> None:
-            nonlocal lap
-            lap = _student_lap(self.sampler, prompts, new, seed)
-
-        steps = count_calls(self.sampler.model.backbone, write)
-        assert lap is not None
+        lap, steps = count_calls(self.sampler.model.backbone, lambda: _student_lap(self.sampler, prompts, new, seed))
         return Lap(*lap, steps)
 
 

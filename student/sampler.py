@@ -258,9 +258,7 @@ class Sampler:
             states = out.last_hidden_state  # (B, L+1, H)
         local = None
         if model.local is not None:
-            n = longest  # chunks that the next one depends on through the local decoder
-            if model.local.memory is None:
-                n = min(longest, -(-len(model.local.layers) * model.local.window // k))
+            n = model.local.chunks_read(longest, k)
             g = model.unfold(states[:, -1 - n : -1])[1].flatten(1, 2)  # (B, n*K, E)
             previous = model.previous_embeddings(tokens)[:, -n * k :]
             local = model.local.prefill(g, previous, ((begin - (longest - n)) * k).clamp(min=0))

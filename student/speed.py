@@ -32,7 +32,13 @@ from student.losses import student_loss
 from student.student_model import Student, StudentConfig
 
 MODELS = ("ae", "token_model", "student")
-VARIANTS = ("fp32 eager", "+ allocator", "+ bf16", "+ compile", "+ Muon")  # each has those before it, where they can be had
+VARIANTS = (
+    "fp32 eager",
+    "+ allocator",
+    "+ bf16",
+    "+ compile",
+    "+ Muon",
+)  # each has those before it, where there are any
 CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = 4096
 

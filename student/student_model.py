@@ -136,13 +136,10 @@ class Student(nn.Module):
         """(B, T) -> h (B, L, H); row i has seen the chunks before i. With the latent path off there is none: (B, L, 0)."""
         if self.cfg.latents == "none":
             return self.table.new_zeros(len(tokens), tokens.shape[1] // self.cfg.k, 0)
-        x = (
-            self.backbone_input(tokens[:, : -self.cfg.k].unflatten(1, (-1, self.cfg.k)))
-            if tokens.shape[1] > self.cfg.k
-            else None
-        )
-        start = self.start.expand(len(tokens), 1, -1)
-        x = start if x is None else torch.cat([start.to(x.dtype), x], dim=1)  # (B, L, H)
+        x, k = self.start.expand(len(tokens), 1, -1), self.cfg.k
+        if tokens.shape[1] > k:
+            known = self.backbone_input(tokens[:, :-k].unflatten(1, (-1, k)))
+            x = torch.cat([x.to(known.dtype), known], dim=1)  # (B, L, H)
         mask = causal_mask(self.backbone.config)
         return self.backbone(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 

@@ -47,7 +47,7 @@ def planned_ae(cfg: StudentTrainConfig) -> tuple[Autoencoder, dict[str, Any]]:
         return load_ae(cfg.ae_ckpt)
     data, default = PackedData(Path(cfg.data) / "train"), AETrainConfig()
     k, latent_dim = cfg.k or default.k, cfg.latent_dim or default.latent_dim
-    shape = AEConfig(data.meta["vocab_size"], k, latent_dim, default.embed_dim, default.num_layers)
+    shape = AEConfig(data.vocab_size, k, latent_dim, default.embed_dim, default.num_layers)
     print(f"{cfg.ae_ckpt} does not exist: planning with {shape}", file=sys.stderr)
     return Autoencoder(shape), {"tokenizer": {"fingerprint": data.fingerprint}}
 
@@ -71,12 +71,12 @@ def main() -> None:
         cfg.mse_w = 0.0  # no latent is predicted
     shape = StudentConfig(
         **backbone_fields(cfg), k=ae.k, vocab_size=ae.vocab_size, latent_dim=ae.latent_dim, embed_dim=ae.embed_dim,
-        ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=text.meta["pad_id"],
+        ae_layers=ae.num_layers, local_layers=cfg.local_layers, local_window=cfg.local_window, pad_id=text.pad_id,
         local_decoder=cfg.local_decoder, head=cfg.head, latents=cfg.latents, local_qk_norm=cfg.local_qk_norm,
         local_memory=cfg.local_memory, latent_bypass=cfg.latent_bypass, local_tokens=cfg.local_tokens,
         local_ffn_dim=cfg.local_ffn_dim,
     )  # fmt: skip
-    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # it costs money: all that can be checked before, is
+    teacher = open_teacher(cfg, shape.context) if cfg.use_kd else None  # may cost money: after all that can be checked before
     train, val = PackedData.pair(teacher.folder) if teacher else PackedData.pair(cfg.data)
     windows = TrainWindows(train, shape.context, cfg.batch_size, cfg.seed)
     val.require_window(shape.context)

@@ -207,7 +207,7 @@ def test_a_damaged_page_is_named(world: World, tmp_path: Path, capsys: pytest.Ca
     path = written(tmp_path / "g.yaml", world)
     (tmp_path / "quality.json").write_text(text)
     assert run_script(ablate, "--grid", path, "--docs", tmp_path, "--report") == 2
-    assert "quality.json is damaged: expected the JSON that tools/ablate.py writes" in capsys.readouterr().err
+    assert re.search(r"quality.json(: expected a JSON object, got a list| cannot be read: )", capsys.readouterr().err)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ STUDENTS: list[dict[str, Any]] = [
     {"latents": "none"},
     {"local_decoder": "none"},
     {"local_layers": 1, "local_window": 8, "ae_layers": 8},
+    {"local_window": 512},  # wider than the context
     {"k": 8, "latent_dim": 24, "num_layers": 3},
     {"k": 1},
     {"local_decoder": "restart"},
@@ -47,6 +48,7 @@ KINDS = [
     "no latents",
     "independent positions",
     "deep autoencoder",
+    "a window beyond the context",
     "k 8",
     "k 1",
     "restarting decoder",
@@ -198,8 +200,8 @@ def test_generation_with_a_memory_by_hand(k: int, hidden: int) -> None:
 
 
 def test_a_large_model_costs_no_memory() -> None:
-    cfg = BackboneConfig(1024, 28, 16, 8, 3072, 512, 8, 151_936)
-    assert 0.5e9 < sum(generation_bytes(cfg, 1).values()) < 0.7e9
+    cfg = BackboneConfig(1 << 15, 28, 256, 8, 1 << 17, 512, 8, 151_936)
+    assert sum(generation_bytes(cfg, 1).values()) > 4e11  # more weights than any machine holds
     assert generation_flops(cfg, 0)["backbone"] < generation_flops(cfg)["backbone"]
 
 

@@ -45,19 +45,6 @@ def test_a_step_is_torchs_but_for_its_bfloat16() -> None:
     assert torch.equal(elsewhere.state[other]["momentum_buffer"], theirs.state[other]["momentum_buffer"])
 
 
-def test_a_closure_is_called_with_gradients() -> None:
-    weight = torch.nn.Parameter(torch.ones(2, 3))
-    muon = Float32Muon([weight], lr=0.1)
-
-    def closure() -> torch.Tensor:
-        muon.zero_grad()
-        loss = weight.square().sum()
-        loss.backward()
-        return loss
-
-    assert muon.step(closure).item() == 6.0 and weight.square().sum().item() < 6.0
-
-
 @pytest.mark.parametrize(("fast", "kind"), [(True, torch.optim.Muon), (False, Float32Muon)])
 def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch, fast: bool, kind: type) -> None:
     monkeypatch.setattr(loop, "has_fast_bf16", lambda device: fast)

@@ -20,6 +20,7 @@ from conftest import ROOT, SMALL_AE, SMALL_LM, World, make_student, run_script
 
 from ae import train_ae
 from ae.chunks import PackedData, TrainWindows
+from ae.losses import ae_loss
 from configs import loop
 from configs.errors import EXIT_USER_ERROR
 from configs.loop import optimizers
@@ -206,6 +207,39 @@ def test_a_save_from_before_a_setting_existed_goes_on_without_a_word(
     assert said.count("is laid out anew for 4 steps: the rate goes on at") == 2
     one, two = weights(new, "token_model"), weights(old, "token_model")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_save_with_an_empty_group_goes_on(world: World, tmp_path: Path) -> None:
+    """With Muon and a rate of its own for the table AdamW has no matrices; saves once told so."""
+    flags = [*flags_of("token_model", world), "--optimizer", "muon", "--table_lr", 5]
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 2) == 0
+    path = tmp_path / "old" / "checkpoints" / "token_model.state.pt"
+    state = load_state(path, "token_model.state", print)
+    groups = state["optimizers"][1]["param_groups"]
+    assert len(groups) == 2 and all(group["params"] for group in groups)
+    groups.insert(0, {**groups[0], "params": []})
+    save_checkpoint(path, "token_model.state", state)
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        assert run_script(baseline, *world.train_flags(folder), *flags, "--max_steps", 4, "--resume") == 0
+    one, two = (weights(tmp_path / name, "token_model") for name in ("new", "old"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_noise_is_the_seeds_own(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each step's: also of a processor, whose generator takes 32 bits of a seed."""
+    drawn: dict[int, list[float]] = {}
+    monkeypatch.setattr(train_ae, "ae_loss", lambda model, chunks, **_: drawing(model, chunks, drawn[seed]))
+
+    def drawing(model: Any, chunks: torch.Tensor, noise: list[float]) -> Any:
+        noise.append(torch.rand(()).item())
+        return ae_loss(model, chunks, kl_weight=1e-3, free_bits=0.5)
+
+    for seed in (0, 1, 7):
+        drawn[seed] = []
+        flags = [*world.train_flags(tmp_path / str(seed)), *flags_of("ae", world), "--seed", seed, "--random_tokens", 0]
+        assert run_script(train_ae, *flags, "--max_steps", 2) == 0
+    assert len({value for values in drawn.values() for value in values}) == 6
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(

@@ -82,14 +82,14 @@ def finish(run: Run, identity: dict[str, Any], rows: Rows) -> dict[str, Any]:
         train = config_from(TRAINERS[run.variant.model][1], settings, run.title)
         assert isinstance(train, LMTrainConfig)
         flops = end["tokens"] * training_flops(cfg, train) + end["step"] * optimizer_flops(cfg, train)
-        measured = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))[run.variant.model]
+        measured = read_json(run.folder / "evaluation.json")[run.variant.model]
         curve.append([end["tokens"], round(seconds, 1), end.get("nats_per_token")])
         row |= {**measured, "k": cfg.k, "backbone_steps_per_token": backbone_steps(cfg)}
         row |= {"curve": [point for point in curve if point[2] is not None], "evaluation": run.grid.evaluation}
     needed = [rows[needed.variant.name, needed.seed] for needed in run.needs.values()]
     row["train_flops"] = flops
     row["inherited_flops"] = sum(r["train_flops"] + r["inherited_flops"] for r in needed)  # of checkpoints it began with
-    row["environment"] = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    row["environment"] = read_json(run.folder / "environment.json")
     row["threads"] = row["environment"]["threads"]  # the training's; it may be evaluated on others
     return {**row, "identity": identity, "checkpoint": digest(run.checkpoint)}
 

@@ -52,7 +52,7 @@ def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 @dataclass
 class Batch:
-    """Windows of the validation text, and what is told of them."""
+    """Windows of the validation text, and what `Measure` needs to score them."""
 
     tokens: Tensor  # (B, T)
     others: Tensor  # (B, T), windows of other documents to take the latents from

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 
 from configs.errors import UserError, run_cli
 
@@ -65,9 +65,7 @@ class Tally:
 
 def percentile(seconds: Sequence[float], percent: int) -> float | None:
     """In milliseconds; None of nothing."""
-    if len(seconds) < 2:
-        return round(seconds[0] * 1000, 1) if seconds else None
-    return round(statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1] * 1000, 1)
+    return round(1000 * float(np.percentile(seconds, percent)), 1) if seconds else None
 
 
 def kinds(max_new_tokens: int) -> list[dict[str, Any]]:

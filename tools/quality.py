@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.files import replace_text
+from configs.files import read_json, replace_text
 from tools.grid import measured_as_now
 from tools.metrics import BUCKETS
 from tools.plot import frontier, quality_curves
@@ -188,13 +188,7 @@ def write_section(path: Path, name: str, text: str) -> None:
 def read_page(folder: str | Path) -> dict[str, Any]:
     """quality.json: its rows, summaries and recommendation; empty where there is none."""
     path = Path(folder) / "quality.json"
-    try:
-        page = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if isinstance(page, dict):
-            return page
-    except ValueError:
-        pass
-    raise UserError(f"{path} is damaged: expected the JSON that tools/ablate.py writes; remove it")
+    return read_json(path) if path.exists() else {}
 
 
 def but_for_k(rows: list[Row], name: str) -> set[str]:
