@@ -248,7 +248,7 @@ class TokenizerAdapter:
     @cached_property
     def _bytes(self) -> list[bytes]:
         """Bytes of every entry, `size` of them."""
-        table, to_bytes = [b""] * self.size, _piece_decoder(self._tokenizer)
+        table, to_bytes = [b""] * self.size, piece_decoder(self._tokenizer)
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
             table[i] = to_bytes(piece)
         for i, token in self._added.items():
@@ -280,7 +280,7 @@ def _byte_level_alphabet() -> dict[int, int]:
     return {256 + n: byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
 
 
-def _piece_decoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
+def piece_decoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     """A function from a vocabulary entry to the bytes that it stands for inside a text."""
     parts = [part.__getstate__().decode() for part in (tokenizer.decoder, tokenizer.pre_tokenizer) if part is not None]
     kinds = "".join(parts)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import socket
 import sys
 import time
@@ -49,6 +48,7 @@ from safetensors import SafetensorError
 from starlette.exceptions import HTTPException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ae.tokenizer_adapter import piece_decoder
 from configs.errors import UserError, run_cli
 from configs.run import pick_device, tune_process
 from configs.schema import opt, parse_config
@@ -60,20 +60,16 @@ ONE_THREAD = 20_000_000  # parameters below which a CPU's threads wait for each 
 
 # -------------------------------------------------------------------------------------------------------- text
 class Text:
-    """Text <-> ids of a transformers tokenizer, and the exact bytes of each id (a special token's are its literal string).
-
-    Bytes are known for byte-level tokenizers and SentencePiece-like ones; another's entries stand for their own characters.
-    """
+    """Text <-> ids of a transformers tokenizer, and the exact bytes of each id (a special token's are its literal string)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        byte_level = '"ByteLevel"' in json.dumps([backend["decoder"], backend["pre_tokenizer"]])
+        bytes_of = piece_decoder(tokenizer.backend_tokenizer)
         self.pieces = [b""] * max(vocab_size, len(tokenizer))  # a model's table is often wider than its tokenizer
         for piece, i in tokenizer.get_vocab().items():
-            self.pieces[i] = added[i].encode() if i in added else piece_bytes(piece, byte_level)
+            self.pieces[i] = added[i].encode() if i in added else bytes_of(piece)
         self.strings = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
 
     def encode(self, text: str) -> list[int]:
@@ -96,22 +92,6 @@ class Text:
     def joined(self, ids: Sequence[int]) -> bytes:
         """The bytes of ids without special tokens."""
         return b"".join(self.pieces[i] for i in ids if i not in self.special)
-
-
-def piece_bytes(piece: str, byte_level: bool) -> bytes:
-    """The bytes that a vocabulary entry stands for inside a text."""
-    if byte_level:
-        try:
-            return piece.translate(BYTE_LEVEL).encode("latin-1")
-        except UnicodeEncodeError:  # an entry outside the alphabet stands for itself
-            return piece.encode()
-    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
-    return bytes([int(match[1], 16)]) if match else piece.replace("\u2581", " ").encode()
-
-
-# GPT-2's alphabet, inverted: characters from 256 on stand for the bytes that cannot be printed.
-PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-BYTE_LEVEL = {256 + n: byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 
 
 # -------------------------------------------------------------------------------------------------------- HTTP
