@@ -265,14 +265,17 @@ def _pack(
         except Misaligned as error:
             counts[f"left out: {error}"] += 1
             continue
+        request = answer.request
+        as_ids = isinstance(request.get("prompt"), list) and not request.get("echo")
+        asked = prompt_ids_of(request, answer.prompt_ids, tokenizer)  # decides the split, whatever is answered
         for index, choice in enumerate(choices):
             try:
                 text = text_of(choice)
-                prompt_ids = prompt_ids_of(answer.request, answer.prompt_ids, tokenizer, text)
-                if not k and isinstance(answer.request.get("prompt"), list) and not spells(told_ids(choice) or [], text, table):
+                prompt_ids = prompt_ids_of(request, answer.prompt_ids, tokenizer, text)
+                if not k and as_ids and not spells(told_ids(choice) or [], text, table):
                     counts["prompts left out: ids of a tokenizer that may be another"] += bool(prompt_ids)
                     prompt_ids = []
-                record = parse_answer(answer.request, answer.answer, table, index, prompt_ids, text_alone=k == 0)
+                record = parse_answer(request, answer.answer, table, index, prompt_ids, text_alone=k == 0)
             except Misaligned as error:
                 counts[f"left out: {error}"] += 1
                 continue
@@ -286,9 +289,9 @@ def _pack(
                 continue
             seen.add(digest)
             models.add(record.model)
-            drawn &= record.source == "generate" and answer.request.get("temperature", 1) == 1
-            of = record.prompt_ids if record.source == "generate" else np.array(prompt_ids or [], np.int32)
-            rank = split_rank(of[(of != tokenizer.eot_id) & (of != tokenizer.start_id)], answer.request, ids)
+            drawn &= record.source == "generate" and request.get("temperature", 1) == 1
+            of = record.prompt_ids if asked is None else np.array(asked, np.int32)
+            rank = split_rank(of[(of != tokenizer.eot_id) & (of != tokenizer.start_id)], request, ids)
             lowest = min(lowest, rank)
             writers["val" if rank < val_split else "train"].add(ids, top_ids, top_logprobs, cut)
     if 0 < val_split <= lowest < 1:  # so few prompts that none came to validation: the first of them does

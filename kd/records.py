@@ -238,14 +238,14 @@ def _parse(
 
 
 def told_ids(choice: Mapping[str, Any]) -> list[int] | None:
-    """The ids of the text's tokens in the teacher's own tokenizer; None where the server tells no ids. Raises Misaligned."""
+    """The ids of the text's tokens in the teacher's own tokenizer; None where the server tells no ids."""
     for key in ("token_ids", "output_ids"):
         if isinstance(choice.get(key), list) and choice[key]:
             return choice[key]
     try:
         tokens = _generated(choice, choice.get("meta_info") or {}) or []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise Misaligned("a shape that no known server has") from None
+        return None
     named = [TOKEN_ID.fullmatch(token.text or "") for token in tokens]
     ids = [token.id if match is None else int(match[1]) for token, match in zip(tokens, named, strict=True)]
     return [i for i in ids if i is not None] if ids and None not in ids else None
@@ -432,8 +432,10 @@ def _top(tokens: Sequence[Token], table: TokenTable, asked: int | None) -> tuple
 
 def _sampled_in_front(token: Token) -> bool:
     """Whether a top list begins with the sampled token though another is likelier."""
-    first, second = (token.top[0].logprob, token.top[1].logprob) if len(token.top) > 1 else (None, None)
-    return type(first) is float and first == token.logprob and type(second) is float and first < second
+    if len(token.top) < 2:
+        return False
+    first, second = token.top[0].logprob, token.top[1].logprob
+    return all(type(x) in (int, float) for x in (first, second)) and first == token.logprob and first < second
 
 
 def _known(top: Iterable[Token], table: TokenTable) -> list[tuple[int, float]]:

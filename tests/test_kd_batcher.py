@@ -17,6 +17,7 @@ from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.kd_batcher import KDShard, KDWriter, document, pack_answers
 from kd.losses import mean_kl
+from kd.prompts import CONTINUE
 from kd.records import MISSING, TeacherRecord, TokenTable, parse_answer
 from kd.store import Store, StoredAnswer
 
@@ -222,6 +223,24 @@ def test_prompts_of_another_tokenizer_are_left_out_of_its_text_alone(tmp_path: P
         ]  # fmt: skip
         assert sorted(texts) == sorted((prompts[i] if ours else "") + f"x = {i}" for i in range(40))
         assert (left_out > 0) is not ours
+
+
+def test_what_an_answer_begins_with_does_not_move_its_prompt_to_the_other_split(
+    tmp_path: Path, tokenizer: TokenizerAdapter
+) -> None:
+    made = []
+    for i in range(40):
+        request = {"model": "m", "messages": [{"role": "user", "content": f"{CONTINUE}go on {i} now"}]}
+        for text in (f"then {i}", f", and {i}"):  # the first is set off by a space
+            made.append(dataclasses.replace(answers(tokenizer, [text])[0], request=request))
+    pack_answers(made, tokenizer, tmp_path / "kd", k=2, val_split=0.3)
+    train, val = (
+        sorted(tokenizer.decode(doc) for doc in np.split(data.tokens, data.doc_starts[1:]))
+        for data in PackedData.pair(tmp_path / "kd")
+    )
+    assert sorted(train + val) == sorted(f"go on {i} now{more} {i}" for i in range(40) for more in (" then", ", and"))
+    asked = [{int(text.split()[2]) for text in split} for split in (train, val)]
+    assert len(asked[1]) > 5 and not asked[0] & asked[1]
 
 
 def test_begin_of_text_is_no_part_of_a_document() -> None:

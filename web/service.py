@@ -178,11 +178,8 @@ class Service:
             sampler.check(prompt, new)
             return body.params(new, seed) if new else None
         except UserError as error:
-            message, code = (
-                str(error).replace(" (infer.py --truncate_prompt)", ""),
-                "context_length_exceeded" if prompt else None,
-            )
-            raise Refused(400, message, body.field("prompt"), code) from None
+            message = str(error).replace(" (infer.py --truncate_prompt)", "")
+            raise Refused(400, message, body.field("prompt"), "context_length_exceeded" if prompt else None) from None
 
     # ---------------------------------------------------------------------------------------------- answers
     def generated(self, ask: Ask) -> dict[str, Any]:
