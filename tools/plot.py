@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from configs.errors import UserError, run_cli
 from configs.files import read_json_lines
@@ -69,7 +70,7 @@ def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str |
 
     curves: of each variant one line a seed, of points (tokens, FLOPs, seconds, nats a token).
     """
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, max(4.5, len(curves) / 5)), sharey=True)  # as tall as the names
     labels = (("training tokens, millions", 1e6), ("training PFLOPs", 1e15), ("training minutes", 60))
     for number, (name, lines) in enumerate(curves.items()):
         for seed, points in enumerate(lines):
@@ -80,6 +81,10 @@ def quality_curves(curves: dict[str, list[list[tuple[float, ...]]]], path: str |
     for axis, (label, _) in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")  # the ends lie close together, far below where they all begin
+    axes[0].yaxis.set_major_locator(MaxNLocator(12, steps=[1, 2, 2.5, 5, 10]))
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
+    axes[0].yaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel("NLL on the trainer's validation windows, nats a token")
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
