@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -105,7 +106,7 @@ def tokenizer_record(data: PackedData, checkpoint_dir: str | Path) -> dict[str, 
     check_fingerprint(data.fingerprint, tokenizer.fingerprint, str(data.folder), source)
     copy = Path(checkpoint_dir) / f"tokenizer-{tokenizer.fingerprint[:12]}"
     if not copy.exists():
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+        temporary = copy.with_name(f".{copy.name}.{threading.get_native_id()}.tmp")  # a number of all processes' threads
         tokenizer.save(temporary)
         try:
             temporary.replace(copy)

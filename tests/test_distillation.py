@@ -173,11 +173,15 @@ def test_resume_is_exact(world: World, at_teacher: Path) -> None:
 def test_scored_text_has_the_model_s_own_logprobs(world: World, at_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--mode score: rows stand at the tokens that they predict, all of a corpus is scored once, and that is no error."""
     store, shard = at_teacher / "s.sqlite", at_teacher / "shard"
-    flags = ["--data", world.data, "--mode", "score", "--store", store, "--max_new_tokens", 24, "--top_logprobs", 4]
-    assert run_script(harvest_script, *flags, "--n_tokens", 300) == 0
+    lines = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}))\n"}) for i in range(16)]
+    (at_teacher / "texts.jsonl").write_text("\n".join(lines))  # many documents, so that each split gets some
+    packing = ["--input", at_teacher / "texts.jsonl", "--output", at_teacher / "data", "--tokenizer", world.root / "tokenizer"]
+    assert run_script(data_packing, *packing) == 0
+    flags = ["--data", at_teacher / "data", "--mode", "score", "--store", store, "--max_new_tokens", 24, "--top_logprobs", 4]
+    assert run_script(harvest_script, *flags, "--n_tokens", 5000) == 0
     before = capsys.readouterr().err
-    assert run_script(harvest_script, *flags, "--n_tokens", 300) == 0
-    assert "(0 from earlier runs)" in before and "(0 from earlier runs)" not in capsys.readouterr().err
+    assert run_script(harvest_script, *flags, "--n_tokens", 5000) == 0
+    assert "all of" in before and "(0 from earlier runs)" in before and "(0 from earlier runs)" not in capsys.readouterr().err
     tokenizer = world.root / "tokenizer"
     pack = ["--store", store, "--tokenizer", tokenizer, "--output", shard, "--k", 4, "--val_split", 0.3]
     assert run_script(kd_batcher, *pack) == 0
