@@ -66,9 +66,7 @@ def main() -> None:
     sampler = load_sampler(args.student, args.ae, device)
     if args.compile:
         wants_compile(True, device)
-        sampler = FastSampler(
-            sampler.model, sampler.tokenizer, words=args.words, rank=64 if args.rank is None else args.rank, int8=args.int8
-        )
+        sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank, int8=args.int8)
         sampler.warm_up([params])
     prompt = sampler.tokenizer.encode(text)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:

@@ -92,7 +92,7 @@ def load_service(cfg: ServeConfig, metrics: Metrics) -> Service:
         slots=cfg.slots,
         dtype=DTYPES[cfg.dtype],
         words=cfg.words,
-        rank=64 if cfg.rank is None else cfg.rank,
+        rank=cfg.rank,
         int8=cfg.int8,
         compile=compiled,
     )

@@ -45,7 +45,7 @@ from torch import Tensor
 from configs.errors import UserError, run_cli
 from configs.files import read_json
 from configs.packed import Packed, id_dtype, write_header
-from kd.prompts import prompt_ids_of
+from kd.prompts import continued, prompt_ids_of, seam
 from kd.records import (
     MISSING,
     Misaligned,
@@ -266,13 +266,15 @@ def _pack(
             counts[f"left out: {error}"] += 1
             continue
         request = answer.request
-        as_ids = isinstance(request.get("prompt"), list) and not request.get("echo")
+        sent_ids = isinstance(request.get("prompt"), list) and not request.get("echo")
         asked = prompt_ids_of(request, answer.prompt_ids, tokenizer)  # decides the split, whatever is answered
+        before = continued(request)
         for index, choice in enumerate(choices):
             try:
-                text = text_of(choice)
-                prompt_ids = prompt_ids_of(request, answer.prompt_ids, tokenizer, text)
-                if not k and as_ids and not spells(told_ids(choice) or [], text, table):
+                text, prompt_ids = text_of(choice), asked
+                if before is not None and (space := seam(before, text)):
+                    prompt_ids = tokenizer.encode(before + space)
+                if not k and sent_ids and not spells(told_ids(choice) or [], text, table):
                     counts["prompts left out: ids of a tokenizer that may be another"] += bool(prompt_ids)
                     prompt_ids = []
                 record = parse_answer(request, answer.answer, table, index, prompt_ids, text_alone=k == 0)

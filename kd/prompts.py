@@ -120,15 +120,6 @@ class Prompts:
                 return
 
     @property
-    def _start_id(self) -> int:
-        assert self.tokenizer is not None
-        return self.tokenizer.start_id
-
-    @property
-    def _has_bos(self) -> bool:
-        return self.tokenizer is not None and self.tokenizer.start_id != self.tokenizer.eot_id
-
-    @property
     def one_pass(self) -> bool:
         """Whether asking again would give the same answers."""
         return self.cfg.temperature == 0 or self.cfg.mode == "score"
@@ -139,6 +130,9 @@ class Prompts:
         elif self.cfg.data:
             from ae.chunks import PackedData  # lazy: it takes torch seconds to import
 
+            tokenizer = self.tokenizer
+            assert tokenizer is not None  # `__init__` asks for one
+            start_id, has_bos = tokenizer.start_id, tokenizer.start_id != tokenizer.eot_id
             data = PackedData(Path(self.cfg.data) / "train")
             starts = data.doc_starts
             for i, start in enumerate(map(int, starts)):
@@ -147,14 +141,14 @@ class Prompts:
                     of = data.tokens[start : min(start + DOCUMENT_TOKENS, end)].tolist()
                     for first in range(start, end, self.cfg.max_new_tokens):
                         piece = data.tokens[first : min(first + self.cfg.max_new_tokens, end)].tolist()
-                        begins = first == start or self._has_bos  # such a model is at a loss without its BOS
-                        yield {"score": [*([self._start_id] if begins else []), *piece], "of": of}
+                        begins = first == start or has_bos  # a model that has one is at a loss without it
+                        yield {"score": [*([start_id] if begins else []), *piece], "of": of}
                     continue
                 ids = data.tokens[start : min(start + self.cfg.prompt_tokens, end - 1)].tolist()  # no end-of-text
-                while ids and self.tokenizer is not None and self.tokenizer.decode(ids).endswith(REPLACEMENT):
+                while ids and tokenizer.decode(ids).endswith(REPLACEMENT):
                     ids.pop()  # it must not end within a character: the answer's text would lack the rest
-                if ids and self.tokenizer is not None and self.chat:
-                    ids = to_last_space(ids, self.tokenizer)
+                if self.chat:
+                    ids = to_last_space(ids, tokenizer)
                 if ids:
                     yield {"ids": ids}
         else:
@@ -224,26 +218,30 @@ def seam(prompt: str, answer: str) -> str:
     return " " if len(words) == 2 and all(c.isalnum() and ord(c) < FIRST_UNSPACED for c in words) else ""
 
 
-def prompt_ids_of(
-    request: Mapping[str, Any], ids: list[int] | None, tokenizer: TokenizerLike, answer: str = ""
-) -> list[int] | None:
+def continued(request: Mapping[str, Any]) -> str | None:
+    """The text that a stored request asked a chat to continue; None where it asked something else."""
+    messages = request.get("messages")
+    if not messages or not _is_chat(messages) or len(messages) > 1 or not messages[0]["content"].startswith(CONTINUE):
+        return None
+    return messages[0]["content"].removeprefix(CONTINUE)
+
+
+def prompt_ids_of(request: Mapping[str, Any], ids: list[int] | None, tokenizer: TokenizerLike) -> list[int] | None:
     """The prompt of a stored request as training text in this tokenizer's ids; `ids`: as it was when the answer was stored.
 
     That may have been another tokenizer, so a chat is encoded again, and so is a text that `ids` do not spell here. Prompts
-    that were sent as ids are in the teacher's own, and stay. A text that a chat continued ends as `answer` wants it (`seam`).
+    that were sent as ids are in the teacher's own, and stay.
     """
-    text, messages = request.get("prompt"), request.get("messages")
-    if messages and _is_chat(messages):
-        text = messages[-1]["content"]
-        if len(messages) > 1 or not text.startswith(CONTINUE):
-            try:
-                return tokenizer.encode_chat(messages, add_generation_prompt=True)
-            except UserError:  # no chat template
-                if ids is None:
-                    return None
-                raise
-        text = text.removeprefix(CONTINUE)
-        text += seam(text, answer)
+    text, messages = continued(request), request.get("messages")
+    if text is None and messages and _is_chat(messages):
+        try:
+            return tokenizer.encode_chat(messages, add_generation_prompt=True)
+        except UserError:  # no chat template
+            if ids is None:
+                return None
+            raise
+    if text is None:
+        text = request.get("prompt")
     if not isinstance(text, str) or (ids is not None and tokenizer.decode(ids) == text):
         return ids
     return tokenizer.encode(text)

@@ -36,6 +36,7 @@ from student.sampler import SMALLEST, Chunk, Row, Sampler, SamplingParams
 from student.static import BLOCK, Cache, StaticBackbone, attend, blocks, in_dtype, rotate
 from student.student_model import Student
 
+RANK = 64  # of the vocabulary screen, unless another is asked for
 UNCOVERED = {"latents": "none", "head": "energy", "local_decoder": "restart"}  # by the fast path
 
 
@@ -245,7 +246,7 @@ class FastSampler(Sampler):
 
     def __init__(
         self, model: Student, tokenizer: TokenizerAdapter, *, slots: int = 1, positions: int | None = None,
-        dtype: torch.dtype | None = None, words: int = 0, rank: int = 64, int8: bool = False, compile: bool = True,
+        dtype: torch.dtype | None = None, words: int = 0, rank: int | None = None, int8: bool = False, compile: bool = True,
     ) -> None:  # fmt: skip
         cfg, device = model.cfg, model.table.device
         if odd := [f"--{name} {value}" for name, value in UNCOVERED.items() if getattr(cfg, name) == value]:
@@ -258,7 +259,7 @@ class FastSampler(Sampler):
         super().__init__(model, tokenizer)
         self.slots, self.positions, self.backbone_steps = slots, positions or cfg.seq_len, 0
         table = model.table
-        vocabulary = make_vocabulary(table, self.never, words, rank, int8)
+        vocabulary = make_vocabulary(table, self.never, words, RANK if rank is None else rank, int8)
         self.latent_step, self.token_step = LatentStep(model, self.positions).eval(), TokenStep(model, vocabulary).eval()
         del model.backbone  # its weights are in the step now, fused
         steps = (self.latent_step, self.token_step)

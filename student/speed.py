@@ -32,13 +32,7 @@ from student.losses import student_loss
 from student.student_model import Student, StudentConfig
 
 MODELS = ("ae", "token_model", "student")
-VARIANTS = (
-    "fp32 eager",
-    "+ allocator",
-    "+ bf16",
-    "+ compile",
-    "+ Muon",
-)  # each has those before it, where there are any
+VARIANTS = ("fp32 eager", "+ allocator", "+ bf16", "+ compile", "+ Muon")  # each has those before it, where they exist
 CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = 4096
 

@@ -27,9 +27,11 @@ from served import Served, broken, listening, serve, slow, wait_for
 import server
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
+from configs.schema import ServeConfig
 from student.batching import Job
 from student.sampler import Chunk
 from tools import load_test
+from web.metrics import Metrics
 from web.protocol import Refused
 from web.service import Ask
 from web.stream import collect
@@ -330,6 +332,11 @@ def test_what_cannot_be_served(world: World, command: tuple[str, ...]) -> None:
     assert process.returncode == 2
     assert log.splitlines()[-1].startswith("error: ") and "/nowhere/student.pt" in log
     assert "Traceback" not in log
+
+
+def test_a_rank_without_a_screen_is_refused() -> None:
+    with pytest.raises(UserError, match="rank belongs to the vocabulary screen"):
+        server.load_service(ServeConfig(rank=32), Metrics())
 
 
 # ---------------------------------------------------------------------------------------------------------- nonsense

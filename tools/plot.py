@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from configs.errors import UserError, run_cli
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--output", default="loss.png", help="[loss.png]")
     parser.add_argument("--key", default="ce", help="which part of the loss [ce]")
     args = parser.parse_args()
-    kinds = plt.figure().canvas.get_supported_filetypes()
+    kinds = FigureCanvasAgg.get_supported_filetypes()
     if Path(args.output).is_dir() or Path(args.output).suffix.lstrip(".").lower() not in kinds:
         raise UserError(f"--output {args.output}: expected a file to write that ends in one of .{', .'.join(sorted(kinds))}")
     names = [Path(run).name for run in args.runs]
