@@ -74,7 +74,7 @@ def turns(positions: Tensor, local: LocalDecoder) -> tuple[Tensor, Tensor]:
 class LatentStep(nn.Module):
     """The chunk before -> what the next chunk's tokens start from."""
 
-    cos: Tensor  # (W, d/2)
+    cos: Tensor  # (d/2, W), as keys lie
     sin: Tensor
 
     def __init__(self, model: Student, positions: int) -> None:
@@ -86,8 +86,8 @@ class LatentStep(nn.Module):
             enter_g = local.enter.weight[:, : model.cfg.embed_dim].detach()
             self.enter_g = nn.Parameter(enter_g.contiguous(), requires_grad=False)
             cos, sin = turns(torch.arange(-local.window, 0), local)
-            self.register_buffer("cos", cos.to(enter_g.device))
-            self.register_buffer("sin", sin.to(enter_g.device))
+            self.register_buffer("cos", cos.T.contiguous().to(enter_g.device))
+            self.register_buffer("sin", sin.T.contiguous().to(enter_g.device))
 
     def forward(
         self, chunk: Tensor, cache: Cache, length: Tensor, window: Window | None, entries: Entries | None, constant: None
@@ -109,7 +109,7 @@ class LatentStep(nn.Module):
         """Every entry moves to the front by a chunk, the first W turned by positions -W..-1; the last K are to be written."""
         k = window.bias.shape[1] - size
         for keys, turned, values in zip(window.keys, window.turned, window.values, strict=True):
-            turned[..., :size] = rotate(keys[..., k:].transpose(2, 3), self.cos, self.sin).transpose(2, 3)
+            turned[..., :size] = rotate(keys[..., k:], self.cos, self.sin, dim=2)
             keys.copy_(keys.roll(-k, 3))
             values.copy_(values.roll(-k, 3))
         window.bias.copy_(F.pad(window.bias[:, k:], (0, k)))

@@ -44,10 +44,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: x (..., d), cos and sin (..., d/2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int = -1) -> Tensor:
+    """Rotary position embedding: x (..., d), cos and sin (..., d/2), all of them along `dim`."""
+    a, b = x.float().chunk(2, dim)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim).to(x.dtype)
 
 
 def blocks(positions: int) -> int:

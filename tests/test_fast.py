@@ -402,6 +402,22 @@ def test_compiled_equals_eager(light: None) -> None:
         assert written(model, compile=True) == written(model, compile=False)
 
 
+@compiles
+def test_compiled_in_bfloat16_moves_the_windows_as_uncompiled(light: None) -> None:
+    """Of the sizes that real models have, for which the compiler makes other code than for small ones (docs/log.md)."""
+
+    def moved(compile: bool) -> list[torch.Tensor]:
+        sampler = fast(model, slots=2, compile=compile, dtype=torch.bfloat16)
+        sampler.add([list(range(5, 85)), list(range(9, 80))], [GREEDY, GREEDY])
+        sampler.step()
+        assert sampler.window is not None
+        return [x.float() for x in (*sampler.window.turned, *(keys[..., :64] for keys in sampler.window.keys))]
+
+    model = make_student(embed_dim=128, k=8, seq_len=16, local_layers=1, num_layers=1, local_window=64, local_qk_norm=True)
+    for got, expected in zip(moved(compile=True), moved(compile=False), strict=True):
+        torch.testing.assert_close(got[..., :64], expected[..., :64], atol=0.05, rtol=0.02)
+
+
 def test_a_failing_prefill_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = fast(make_student(), 2, compile=False)
     monkeypatch.setattr(sampler, "_prefill_slots", lambda *_: (_ for _ in ()).throw(MemoryError))
