@@ -217,11 +217,10 @@ def run_parts(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Words and rank of the screen, or int8: in large batches the exact product, read once for all rows, is cheaper."""
+    """Words and rank of the screen, or int8, which in large batches is slower than the exact product."""
     if args.int8:
         return {"int8": batch <= FEW_ROWS}
-    words = 512 if args.scale != "demo" and batch <= 8 else 0
-    return {"words": words if args.words is None else args.words, "rank": args.rank}
+    return {"words": args.words, "rank": args.rank}
 
 
 def race_cell(
@@ -294,8 +293,7 @@ def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, new: i
     if args.memory == "none" or (args.memory == "first" and not first):
         return None
     flags = {"scale": args.scale, "student": args.student, "baseline": args.baseline, "device": args.device}
-    flags |= {"batch": batch, "prompt_tokens": prompt, "max_new_tokens": new, "rank": args.rank}
-    flags |= {"words": args.words} if args.words is not None else {}
+    flags |= {"batch": batch, "prompt_tokens": prompt, "max_new_tokens": new, "rank": args.rank, "words": args.words}
     return peak_in_child(name, ["--race", *(["--int8"] if args.int8 else [])], flags)
 
 
@@ -453,7 +451,7 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32], help="--race, --parts [32]")
     parser.add_argument("--racers", nargs="+", default=list(race.RACERS), choices=(*race.RACERS, *race.EXTRA), metavar="NAME")
     parser.add_argument(
-        "--words", type=int, help="--race, --parts: words of the screen, 0 exact [demo 0, else 512 up to batch 8]"
+        "--words", type=int, default=0, help="--race, --parts: words of the vocabulary screen; 0: the exact product [0]"
     )
     parser.add_argument("--rank", type=int, default=64, help="--race, --parts: rank of the screen [64]")
     parser.add_argument(

@@ -333,31 +333,27 @@ def test_summary_goes_seed_by_seed() -> None:
     assert entry["bits_per_byte_ratio"] == pytest.approx(3.4 / 3.3) and entry["nats_spread"] == pytest.approx(0.2)
 
 
-def test_figures_of_two_texts_are_marked_and_not_averaged_with_others() -> None:
-    """BrierLM of rows from before n-grams were drawn in windows spread over all."""
-    cost = {
-        "train_flops": 1e15,
-        "inherited_flops": 0.0,
-        "training_tokens": 1e6,
-        "train_seconds": 1.0,
-        "environment": dict.fromkeys(("gpu", "processor", "torch", "commit")),
+def test_a_mean_tells_of_how_many_seeds_it_is() -> None:
+    cost = {"train_flops": 1e15, "inherited_flops": 0.0, "training_tokens": 1e6, "train_seconds": 1.0}
+    cost |= {"environment": dict.fromkeys(("gpu", "processor", "torch", "commit"))}
+    figures = [
+        ("c", 0, 3.5, None),
+        ("c", 1, 3.3, None),
+        ("t", 0, 3.3, 19.0),
+        ("t", 1, 3.4, 20.0),
+        ("s", 0, 3.4, 18.0),
+        ("s", 1, 3.2, None),
+    ]
+    rows = [
+        row(name, nats, seed, model="token_model" if name == "t" else "student") | cost | {"brier_lm": brier}
+        for name, seed, nats, brier in figures
+    ]
+    entries = summary(rows, {"control": "c", "token_model": "t", "recommended": None}, {}, {})
+    lines = {
+        line.split(" | ")[0][2:]: line for line in section("g", "g.yaml", rows, entries, [], []).split("\n\n")[2].splitlines()
     }
-    old, new = {"brier_lm": 30.0, "brier_lm_all": 30.0}, {"brier_lm": 20.0, "brier_lm_all": 20.0, "brier_windows": 64}
-    told = (("both", 0, old), ("both", 1, new), ("old", 0, old), ("energy", 0, {"brier_lm": 2.0}))
-    rows = [row(name, 3.5, seed) | figures | cost for name, seed, figures in told]
-    roles = {"control": "c", "token_model": "t", "recommended": None}
-    entries = {e["name"]: e for e in summary(rows, roles, {}, {})}
-    assert {name: e["brier_of_two_texts"] for name, e in entries.items()} == {"both": False, "old": True, "energy": False}
-    assert entries["both"]["brier_lm_all"] == 20 and entries["old"]["brier_lm_all"] == 30
-
-    def figures(name: str) -> list[str]:
-        text = section("g", "g.yaml", rows, [entries[name]], [], [])
-        return re.findall(
-            r"\| ([\d.]+(?:°| \(1 of them\))?) (?=\|)",
-            next(line for line in text.splitlines() if line.startswith(f"| {name} |")),
-        )
-
-    assert "30.00°" in figures("old") and "20.00 (1 of them)" in figures("both") and "2.00" in figures("energy")
+    assert "| 0.50 (1 of 2) |" in lines["s"] and "| 18.00 (1 of 2) |" in lines["s"]  # seed 1's control has nothing to win
+    assert "| 19.50 |" in lines["t"] and "of 2)" not in lines["c"]
 
 
 def test_the_recommended_variant_at_every_k() -> None:

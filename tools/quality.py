@@ -12,7 +12,6 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import read_json, replace_text
-from tools.grid import measured_as_now
 from tools.metrics import BUCKETS
 from tools.plot import frontier, quality_curves
 
@@ -69,20 +68,19 @@ def summary(
             entry |= {"latent_gain_share_by_seed": [share for share, _ in shares]}
             entry |= {"latent_gain_share_reason": next((reason for _, reason in shares if reason), None)}
         entry |= {"token_model": against[1], "bits_per_byte_ratio": mean(ratios), "bits_per_byte_ratio_by_seed": ratios}
-        drawn_alike = [row for row in mine if measured_as_now(row)] or mine
-        entry["brier_seeds"] = len(drawn_alike)
         for key in (
             "bits_per_byte", "nats_per_token", "brier_lm", "brier_lm_all", "latent_swap_cost", "nll_far_copy", "kl_to_teacher",
             "training_tokens", "train_flops", "inherited_flops", "train_seconds", "k", "backbone_steps_per_token",
         ):  # fmt: skip
-            entry[key] = mean([row.get(key) for row in (drawn_alike if key.startswith("brier") else mine)])
+            entry[key] = mean([row.get(key) for row in mine])
+        entry["known"] = {key: sum(row.get(key) is not None for row in mine) for key in ("brier_lm", "brier_lm_all")}
+        entry["known"]["latent_gain_share"] = sum(share is not None for share, _ in shares)
         nats = [row["nats_per_token"] for row in mine if row["nats_per_token"] is not None]
         entry["nats_spread"] = (max(nats) - min(nats)) / 2 if len(nats) > 1 else None
         positions = [row["nll_by_position"] for row in mine if row["nll_by_position"]]
         entry["nll_by_position"] = [mean(list(column)) for column in zip(*positions, strict=True)]
         for key in ("nll_by_distance", "nll_by_seen"):
             entry[key] = {b: mean([(row.get(key) or {}).get(b) for row in mine]) for b in BUCKETS}
-        entry["brier_of_two_texts"] = not any(map(measured_as_now, mine))
         entry["threads"] = sorted({row["threads"] for row in mine})
         out.append(entry)
     return out
@@ -95,6 +93,12 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
 
 def shown(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
+
+
+def cell(entry: dict[str, Any], key: str, style: str) -> str:
+    """A figure of a table, and of how many of the seeds it is the mean, where some have none."""
+    told, known, seeds = shown(entry.get(key), style), entry["known"].get(key), len(entry["seeds"])
+    return told if known in (None, seeds) or told == "-" else f"{told} ({known} of {seeds})"
 
 
 def section(
@@ -112,19 +116,13 @@ def section(
     lines = []
     for entry in entries:
         nats = shown(entry["nats_per_token"], ".4f") + (f" ± {entry['nats_spread']:.4f}" if entry["nats_spread"] else "")
-        cells = [entry["name"], str(len(entry["seeds"])), nats, *(shown(entry.get(key), style) for _, key, style in columns)]
-        few = "" if entry["brier_seeds"] == len(entry["seeds"]) else f" ({entry['brier_seeds']} of them)"
-        if mark := "°" if entry["brier_of_two_texts"] else few:
-            marked = [3 + i for i, (_, key, _) in enumerate(columns) if key.startswith("brier")]
-            cells = [cell + mark if i in marked and cell != "-" else cell for i, cell in enumerate(cells)]
+        cells = [entry["name"], str(len(entry["seeds"])), nats, *(cell(entry, key, style) for _, key, style in columns)]
         cost = entry["train_flops"] / 1e15, entry["inherited_flops"] / 1e15
         cells += [f"{entry['training_tokens'] / 1e6:.2f}", f"{cost[0]:.3g}" + (f" + {cost[1]:.3g}" if cost[1] else "")]
         lines.append([*cells, f"{entry['train_seconds']:.0f} ({', '.join(map(str, entry['threads']))})"])
     heads = ["variant", "seeds", "NLL, nats/token", *(column[0] for column in columns)]
     parts = [f"## {name}", f"`python tools/ablate.py --grid {source}`" + where(rows)]
     parts.append(markdown([*heads, "training tokens, M", "training PFLOPs", "training s (threads)"], lines))
-    if any(entry["brier_of_two_texts"] for entry in entries):
-        parts.append("° Wrong: true n-grams of all windows, drawn ones of the first 64 alone (What is measured).")
     against: dict[str, list[str]] = {}
     for entry in entries:
         if entry.get("latent_gain_share") is not None:
@@ -142,10 +140,10 @@ def section(
         parts.append(f"Not run with the grid's present settings: {', '.join(missing)}.")
     width = max((len(entry["nll_by_position"]) for entry in entries), default=0)
     told = [entry for entry in entries if entry["nll_by_position"]]
-    at = [
-        [e["name"], *(shown(v, ".3f") for v in e["nll_by_position"])] + [""] * (width - len(e["nll_by_position"])) for e in told
-    ]
-    parts += ["NLL at the positions of a chunk:", markdown(["variant", *map(str, range(1, width + 1))], at)] if told else []
+    places = [2**i for i in range(width.bit_length())]
+    at = [[e["name"], *(shown(dict(enumerate(e["nll_by_position"], 1)).get(p), ".3f") for p in places)] for e in told]
+    title = "NLL at positions of a chunk (quality.json has all of them):"
+    parts += [title, markdown(["variant", *map(str, places)], at)] if told else []
     for title, key in (
         ("NLL by the tokens of its document that a token's window shows before it:", "nll_by_seen"),
         ("NLL by distance from the document's start, in the windows that show it from there on:", "nll_by_distance"),
@@ -167,7 +165,8 @@ def where(rows: list[Row]) -> str:
         env = row["environment"]
         machine = f"{env['gpu'] or env['processor']}, torch {env['torch']}"
         places.setdefault(machine, set()).add(env["commit"] or "unknown")
-    return "".join(f"; {machine}, commit {', '.join(sorted(commits))}" for machine, commits in places.items())
+    told = {m: f"commit {', '.join(sorted(c))}" if len(c) < 4 else f"{len(c)} commits" for m, c in places.items()}
+    return "".join(f"; {machine}, {commits}" for machine, commits in told.items())
 
 
 def write_section(path: Path, name: str, text: str) -> None:
@@ -186,7 +185,7 @@ def write_section(path: Path, name: str, text: str) -> None:
 
 
 def read_page(folder: str | Path) -> dict[str, Any]:
-    """quality.json: its rows, summaries and recommendation; empty where there is none."""
+    """quality.json: its rows and recommendation; empty where there is none."""
     path = Path(folder) / "quality.json"
     return read_json(path) if path.exists() else {}
 
@@ -245,7 +244,6 @@ def write_quality(
     page = read_page(folder)
     kept = [row for row in page.get("rows", []) if row["grid"] != name]
     page["rows"] = kept + [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows]
-    page["summary"] = {**page.get("summary", {}), name: entries}
     best = next((entry for entry in entries if entry["name"] == roles["recommended"]), None)
     if best:
         settings = next(row["settings"] for row in rows if row["name"] == best["name"])
