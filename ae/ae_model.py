@@ -106,6 +106,11 @@ class Autoencoder(nn.Module):
             x = x * (torch.rand(tokens.shape, device=x.device) >= token_mask).unsqueeze(-1)
         return self.encoder(x)
 
+    def posterior(self, tokens: Tensor, token_mask: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean and log-scale of `encode` in float32, the log-scale within -6 .. 2: what is drawn from."""
+        mean, log_std = self.encode(tokens, token_mask)
+        return mean.float(), log_std.float().clamp(-6, 2)
+
     def decode(self, z: Tensor) -> Tensor:
         """Latents (..., D) -> hidden vectors g (..., K, E); their logits are `logits(g)`."""
         return self.decoder(z)

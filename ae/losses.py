@@ -110,8 +110,7 @@ def ae_loss(
 
     Posterior noise, latent dropout and token masking are what make nearby latents decode alike (CALM, section 2.2).
     """
-    mean, log_std = model.encode(chunks, token_mask)
-    mean, log_std = mean.float(), log_std.float().clamp(-6, 2)
+    mean, log_std = model.posterior(chunks, token_mask)
     z = mean + log_std.exp() * torch.randn_like(mean)  # (B, D)
     g = model.decode(F.dropout(z, latent_dropout))  # (B, K, E)
     ce, _ = weighted_nll(g.flatten(0, 1), model.embedding.weight, chunks.flatten())

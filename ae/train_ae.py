@@ -9,6 +9,7 @@ validation split: reconstruction is the arg max from the posterior's mean, count
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ae.layers import heads_of
 from ae.losses import MAX_LOGITS, ae_loss, kl_to_unit_gaussian
 from configs import loop, plan
 from configs.errors import run_cli
-from configs.schema import AETrainConfig, as_dict, parse_config
+from configs.schema import AETrainConfig, parse_config
 
 NOISE = 0.3  # standard deviation of the noise on the latent in the noisy figures
 DEAD = 0.01  # a dimension whose mean varies less than this over chunks carries nothing (active units, arXiv 1509.00519)
@@ -105,10 +106,10 @@ def main() -> None:
     if cfg.dry_run:
         return plan.show("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, batch_at, loss)
     content = {
-        "config": as_dict(model.cfg),
+        "config": asdict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_tokens": train.n_tokens,
-        "train_config": as_dict(cfg),
+        "train_config": asdict(cfg),
     }
     figures = loop.fit("ae", model, cfg, setup, total, cfg.batch_size * cfg.k, batch_at, loss, validate, content)
     setup.run.log(

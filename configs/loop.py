@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
+from configs.files import read_json
 from configs.muon import Float32Muon
-from configs.parallel import OLD, Losses, Replicas, World, join, read_about, set_aside, whole_saves, world
+from configs.parallel import ABOUT, OLD, Losses, Replicas, World, join, set_aside, whole_saves, world
 from configs.run import (
     Run,
     has_fast_bf16,
@@ -39,7 +40,7 @@ from configs.run import (
     tune_process,
     wants_compile,
 )
-from configs.schema import LMTrainConfig, TrainConfig, as_dict
+from configs.schema import LMTrainConfig, TrainConfig
 
 # Settings that may change on --resume silently; a change of any other is logged, since it makes a different run.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
@@ -234,7 +235,7 @@ def fit(
         if cfg.lr_decay and (before.get("max_steps"), before.get("epochs")) != (cfg.max_steps, cfg.epochs):
             rate = learning_rate(first, total, cfg)
             run.log(f"{name}: --lr_decay {cfg.lr_decay:g} is laid out anew for {total} steps: the rate goes on at {rate:.3g}")
-    run.describe(as_dict(cfg))
+    run.describe(asdict(cfg))
     run.go_on_from(first)
     data = _data_of(content)
 
@@ -323,13 +324,13 @@ def _saved_state(
     if path.suffix == ".pt":
         state = load_state(path, f"{name}.state", run.log)
     elif saved:
-        state = read_about(saved[0])
+        state = read_json(saved[0] / ABOUT)
     else:
         raise UserError(f"--resume: {path} holds no save of this --fsdp training; train without --resume")
     its_own = state["config"]  # a setting that is younger than the save is not in it; the weights tell whether they fit
     if changed := sorted(k for k in shape if k in its_own and its_own[k] != shape[k]):
         raise UserError(f"--resume: {path} belongs to another model (different {', '.join(changed)}); train without --resume")
-    before, now = state["train_config"], as_dict(cfg)
+    before, now = state["train_config"], asdict(cfg)
     for key, default in (("optimizer", "adamw"), ("table_lr", 1.0)):  # the saved optimizers are made of these
         if (was := before.get(key, default)) != (asked := now.get(key, default)):
             raise UserError(f"--resume: {path} was saved with --{key} {was}, got {asked}; go on with {was}")

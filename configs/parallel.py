@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.files import read_json, replace_text
+from configs.files import replace_text
 from configs.schema import LMTrainConfig, TrainConfig
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the total to descend, and its named parts (detached, for the log)
@@ -255,11 +255,6 @@ def set_aside(folder: Path) -> None:
         old = place.with_name(OLD + place.name)
         shutil.rmtree(old, ignore_errors=True)
         place.replace(old)
-
-
-def read_about(place: Path) -> dict[str, Any]:
-    """What a sharded save says of itself."""
-    return read_json(place / ABOUT)
 
 
 def checkpoint_layers(model: nn.Module) -> None:

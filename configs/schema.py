@@ -255,11 +255,6 @@ def parse_config(cls: type[C], description: str | None, argv: Sequence[str] | No
     return config_from(cls, {**values, **flags}, "command line")
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """The config as plain values, for checkpoints and run folders."""
-    return dataclasses.asdict(config)
-
-
 @dataclass
 class ServeConfig:
     """`server.py`. The environment's AE_CHECKPOINT, STUDENT_CHECKPOINT and SERVE_<NAME> come between YAML and flags.

@@ -228,8 +228,10 @@ class Teacher:
 
     def _named(self, ids: list[int], logprobs: list[float]) -> dict[str, float]:
         """OpenAI's {string: logprob}, likeliest first; of two tokens with the same string the likelier stays."""
-        pairs = zip(reversed(ids), reversed(logprobs), strict=True)
-        return dict(reversed({self.text.strings[i]: logprob for i, logprob in pairs}.items()))
+        out: dict[str, float] = {}
+        for id, logprob in zip(ids, logprobs, strict=True):
+            out.setdefault(self.text.strings[id], logprob)
+        return out
 
     def completion(self, row: Row, index: int, echo: bool, with_ids: bool) -> dict[str, Any]:
         choice: dict[str, Any] = {

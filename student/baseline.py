@@ -11,7 +11,7 @@ Legend: `B` batch, `T` tokens of a window, `H` hidden width, `V` vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ae.losses import token_nll, weighted_nll
 from configs import loop, plan
 from configs.errors import UserError, run_cli
 from configs.run import load_model
-from configs.schema import LMTrainConfig, as_dict, config_from, parse_config
+from configs.schema import LMTrainConfig, config_from, parse_config
 
 
 def causal_mask(config: Qwen3Config) -> Any:
@@ -178,10 +178,10 @@ def main() -> None:
     if cfg.dry_run:
         return plan.show("token_model", model, cfg, setup, total, tokens_per_step, batch_at, loss)
     content = {
-        "config": as_dict(model.cfg),
+        "config": asdict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_tokens": train.n_tokens,
-        "train_config": as_dict(cfg),
+        "train_config": asdict(cfg),
         "distillation": teacher.about() if teacher else None,
     }
     figures = loop.fit("token_model", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)

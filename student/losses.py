@@ -21,6 +21,11 @@ def counts(tokens: Tensor, pads: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return tokens.numel() - pads.sum(), (tokens.numel() // k - (pads > 0).sum()).clamp(min=1)  # all may have pads
 
 
+def whole(pads: Tensor, chunks: int) -> Tensor:
+    """Which chunks have no pads: pads (B,), all in a row's first chunk -> (B, chunks)."""
+    return (pads == 0)[:, None] | (torch.arange(chunks, device=pads.device) > 0)
+
+
 def student_loss(
     model: Student,
     frozen: Autoencoder | None,
@@ -64,9 +69,8 @@ def student_loss(
         assert frozen is not None
         with torch.no_grad():
             mean, _ = frozen.encode(tokens.unflatten(1, (-1, model.cfg.k)))  # (B, L, D)
-        whole = (pads == 0)[:, None] | (torch.arange(z_hat.shape[1], device=tokens.device) > 0)  # (B, L): chunks without pads
         error = (z_hat.float() - mean.float()).square().mean(-1)
-        mse = (error * whole).sum() / n_chunks
+        mse = (error * whole(pads, z_hat.shape[1])).sum() / n_chunks
         total, parts["mse"] = total + mse_w * mse, mse.detach()
     return total, parts
 
@@ -78,10 +82,8 @@ def student_energy_loss(
     h = model.backbone_states(tokens)  # (B, L, H)
     samples = model.exit(h.expand(MODEL_SAMPLES, *h.shape)).float()  # (N, B, L, D)
     with torch.no_grad():
-        mean, log_std = frozen.encode(tokens.unflatten(1, (-1, model.cfg.k)))
-        mean, std = mean.float(), log_std.float().clamp(-6, 2).exp()
-        targets = mean + std * torch.randn(TARGET_SAMPLES, *mean.shape, device=mean.device)  # (M, B, L, D)
-    whole = (pads == 0)[:, None] | (torch.arange(h.shape[1], device=tokens.device) > 0)
+        mean, log_std = frozen.posterior(tokens.unflatten(1, (-1, model.cfg.k)))
+        targets = mean + log_std.exp() * torch.randn(TARGET_SAMPLES, *mean.shape, device=mean.device)  # (M, B, L, D)
     _, n_chunks = counted or counts(tokens, pads, model.cfg.k)
-    loss = (energy_loss(samples, targets) * whole).sum() / n_chunks
+    loss = (energy_loss(samples, targets) * whole(pads, h.shape[1])).sum() / n_chunks
     return loss, {"energy": loss.detach()}

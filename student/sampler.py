@@ -22,7 +22,7 @@ from ae.ae_model import load_ae
 from ae.tokenizer_adapter import TokenizerAdapter, Utf8Stream
 from configs.errors import UserError
 from configs.run import check_fingerprint
-from student.energy import CANDIDATES, NOISE_DIM, EnergyHead, copies_for, sharpened
+from student.energy import CANDIDATES, NOISE_DIM, copies_for, sharpened
 from student.local_decoder import LocalCache
 from student.student_model import Student, load_student
 
@@ -194,7 +194,7 @@ class Sampler:
         """Continue every prompt (token ids), yielding each row's chunk as soon as its latent step is done."""
         for prompt in prompts:
             self.check(prompt, params.max_new_tokens)
-        if isinstance(getattr(self.model, "exit", None), EnergyHead):
+        if self.cfg.head == "energy":
             copies_for(params.temperature)
         state = self._prefill(prompts)
         rows = [self.new_row(i, params.for_row(i)) for i in range(len(prompts))]
@@ -267,7 +267,7 @@ class Sampler:
     def _write_chunk(self, state: _State, rows: list[Row], params: SamplingParams) -> Tensor:
         """The next K tokens of every row, (B, K)."""
         model, k, device = self.model, self.cfg.k, self.never.device
-        if isinstance(getattr(model, "exit", None), EnergyHead):
+        if self.cfg.head == "energy":
             return torch.stack([self._sharpened(h, row) for h, row in zip(state.h, rows, strict=True)])
         g = model.unfold(state.h)[1]  # (B, K, E)
         uniform = torch.stack([torch.rand(k, generator=row.generator) for row in rows]).to(device)  # (B, K)

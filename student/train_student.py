@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from configs import loop, plan
 from configs.errors import UserError, run_cli
 from configs.run import check_fingerprint
-from configs.schema import AETrainConfig, StudentTrainConfig, as_dict, parse_config
+from configs.schema import AETrainConfig, StudentTrainConfig, parse_config
 from student.baseline import backbone_fields, mean_nll
 from student.distillation import open_teacher, shift_right
 from student.initialise import copy_backbone
@@ -131,10 +132,10 @@ def main() -> None:
     if cfg.dry_run:
         return plan.show("student", model, cfg, setup, total, tokens_per_step, batch_at, loss)
     content = {
-        "config": as_dict(model.cfg),
+        "config": asdict(model.cfg),
         "tokenizer": tokenizer_record(train, cfg.checkpoint_dir),
         "train_tokens": train.n_tokens,
-        "train_config": as_dict(cfg),
+        "train_config": asdict(cfg),
         "distillation": teacher.about() if teacher else None,
     }
     figures = loop.fit("student", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)

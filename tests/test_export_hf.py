@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from ae import train_ae
 from configs.errors import UserError
 from configs.run import load_checkpoint, save_checkpoint
-from configs.schema import as_dict
 from student.baseline import load_token_model
 from student.hf_model import LatentForgeForCausalLM
 from student.sampler import Sampler, SamplingParams, load_sampler
@@ -97,7 +97,7 @@ def checkpoint(world: World, path: Path, model: Student) -> Path:
     content = load_checkpoint(world.student, "student")
     record = {**content["tokenizer"], "path": str(world.student.parent / content["tokenizer"]["path"])}
     figures = {"energy": 0.25} if model.cfg.head == "energy" else {"nats_per_token": 2.0, "kl_to_teacher": 0.125}
-    changed = {"config": as_dict(model.cfg), "tokenizer": record, "distillation": TEACHER, "figures": figures}
+    changed = {"config": asdict(model.cfg), "tokenizer": record, "distillation": TEACHER, "figures": figures}
     save_checkpoint(path, "student", {**content, **changed, "state": model.state_dict()})
     return path
 

@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ from ae.chunks import PackedData, PackedWriter, TrainWindows
 from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from configs.run import Run, load_state, save_checkpoint
-from configs.schema import StudentTrainConfig, as_dict, config_from, read_yaml
+from configs.schema import StudentTrainConfig, config_from, read_yaml
 from kd.kd_batcher import KDShard, KDWriter
 from kd.local_teacher import ServeConfig, load_teacher
 from kd.store import COLUMNS, LARGEST, SCHEMA, Store
@@ -313,7 +314,7 @@ def make_files(kind: str, folder: Path, packed: World) -> None:
         optimizer = torch.optim.AdamW(model.parameters())
         torch.stack([x.sum() for x in model.parameters()]).sum().backward()
         optimizer.step()
-        about = {"config": as_dict(model.cfg), "train_config": {"lr": 1e-3}, "step": 1}
+        about = {"config": asdict(model.cfg), "train_config": {"lr": 1e-3}, "step": 1}
         content = {**about, "state": model.state_dict(), "optimizers": [optimizer.state_dict()]}
         save_checkpoint(folder / "ae.state.pt", "ae.state", content)
     elif kind in MODELS:
@@ -321,7 +322,7 @@ def make_files(kind: str, folder: Path, packed: World) -> None:
         shutil.copytree(packed.root / "tokenizer", folder / "tokenizer")
         record = {"fingerprint": TokenizerAdapter.load(folder / "tokenizer").fingerprint, "path": "tokenizer"}
         content = {
-            "config": as_dict(model.cfg),
+            "config": asdict(model.cfg),
             "tokenizer": record,
             "state": model.state_dict(),
             "step": 3,

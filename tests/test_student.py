@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import make_ae, make_student, make_token_model, student_config
 
 from ae.losses import _WeightedNLL
 from configs.errors import UserError
-from configs.schema import as_dict, config_from
+from configs.schema import config_from
 from student.energy import EnergyHead, energy_loss, sharpened
 from student.losses import student_energy_loss, student_loss
 from student.student_model import Student, StudentConfig
@@ -278,7 +279,7 @@ def test_the_local_decoder_takes_every_width_that_its_heads_divide(embed_dim: in
 
 
 def test_a_checkpoint_from_before_memory_and_bypass_has_none() -> None:
-    values = as_dict(student_config())
+    values = asdict(student_config())
     del values["local_memory"], values["latent_bypass"]
     model = Student(config_from(StudentConfig, values, "student.pt"))
     assert model.local is not None and model.local.memory is None

@@ -267,10 +267,7 @@ def main() -> None:
             made.append(row)
         else:
             missing.append(run.title)
-    roles = {"control": grid.control, "token_model": grid.token_model, "recommended": grid.recommended}
-    controls = {variant.name: variant.control for variant in grid.variants.values() if variant.control}
-    token_models = {variant.name: variant.token_model for variant in grid.variants.values() if variant.token_model}
-    print(write_quality(args.docs, grid.name, grid.path, made, missing, roles, controls, token_models))
+    print(write_quality(args.docs, grid, made, missing))
     if failed:
         raise UserError("; ".join(f"{title} failed ({reason})" for title, reason in failed.items()))
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError, run_cli
 from configs.files import read_json
 from configs.run import load_checkpoint
-from configs.schema import as_dict
 from student.baseline import load_token_model
 from student.hf_config import LatentForgeConfig
 from student.hf_model import LatentForgeForCausalLM
@@ -72,7 +72,7 @@ def wrapped(sampler: Sampler) -> LatentForgeForCausalLM:
     stops = [tokenizer.eot_id, *sorted(tokenizer.stop_ids - {tokenizer.eot_id})]
     cfg, code = student.cfg, f"{MODELING}.{LatentForgeForCausalLM.__name__}"
     fields: dict[str, Any] = {
-        "student": as_dict(cfg), "tokenizer_size": tokenizer.size, "eos_token_id": tokenizer.eot_id,
+        "student": asdict(cfg), "tokenizer_size": tokenizer.size, "eos_token_id": tokenizer.eot_id,
         "pad_token_id": tokenizer.pad_id, "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_dim,
         "num_hidden_layers": cfg.num_layers, "num_attention_heads": cfg.num_heads, "max_position_embeddings": cfg.context,
         "tie_word_embeddings": False,

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.files import replace_text
 from configs.loop import FREE_ON_RESUME
 from configs.run import load_checkpoint
-from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, as_dict, config_from, read_yaml
+from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, read_yaml
 
 TRAINERS: dict[str, tuple[str, type[TrainConfig]]] = {
     "ae": ("ae/train_ae.py", AETrainConfig),
@@ -153,7 +153,7 @@ class Run:
             if row is None:
                 return None
             inputs[key] = row["checkpoint"]
-        config = as_dict(config_from(TRAINERS[self.variant.model][1], self.settings, self.title))
+        config = asdict(config_from(TRAINERS[self.variant.model][1], self.settings, self.title))
         files = {k: v for k, v in config.items() if isinstance(v, str) and v.endswith(".pt") and k not in {*inputs, *FREE}}
         inputs |= {key: digest(path) for key, path in files.items()}
         settings = {key: value for key, value in config.items() if key not in FREE and key not in inputs}
@@ -308,7 +308,7 @@ def write_row(output: Path, row: dict[str, Any]) -> None:
 
 def alike(model: str, one: dict[str, Any], two: dict[str, Any]) -> bool:
     """Whether two trainings have the same settings. One that only one of them tells counts by its default."""
-    defaults = as_dict(TRAINERS[model][1]())
+    defaults = asdict(TRAINERS[model][1]())
     return all(one.get(key, defaults.get(key)) == two.get(key, defaults.get(key)) for key in {*one, *two} - FREE)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import read_json, replace_text
+from tools.grid import Grid
 from tools.metrics import BUCKETS
 from tools.plot import frontier, quality_curves
 
@@ -200,16 +201,15 @@ def but_for_k(rows: list[Row], name: str) -> set[str]:
     return {row["name"] for row in rows if others(row) in wanted}
 
 
-def write_quality(
-    folder: str | Path, name: str, source: str, rows: list[Row], missing: list[str], roles: dict[str, str | None],
-    controls: dict[str, str], token_models: dict[str, str],
-) -> str:  # fmt: skip
+def write_quality(folder: str | Path, grid: Grid, rows: list[Row], missing: list[str]) -> str:
     """Write quality.md, quality.json, quality_NAME.png and, where K differs, frontier_NAME.png of a grid (of the recommended
     variant, if there is one, at every K, and the token model); returns its section.
 
-    rows: those made with the grid's present settings; missing: titles of its other runs; roles: the names of `control`,
-    `token_model` and `recommended`; controls, token_models: of the variants that have their own. What other grids wrote stays.
+    rows: those made with the grid's present settings; missing: titles of its other runs. What other grids wrote stays.
     """
+    name, roles = grid.name, {"control": grid.control, "token_model": grid.token_model, "recommended": grid.recommended}
+    controls = {variant.name: variant.control for variant in grid.variants.values() if variant.control}
+    token_models = {variant.name: variant.token_model for variant in grid.variants.values() if variant.token_model}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = summary(rows, roles, controls, token_models)
@@ -240,7 +240,7 @@ def write_quality(
     if len({steps for steps, _ in places.values()}) > 2:  # of several K
         frontier(places, folder / f"frontier_{name}.png")
         plots.append(f"frontier_{name}.png")
-    text = section(name, source, rows, entries, missing, plots)
+    text = section(name, grid.path, rows, entries, missing, plots)
     page = read_page(folder)
     kept = [row for row in page.get("rows", []) if row["grid"] != name]
     page["rows"] = kept + [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows]
