@@ -33,7 +33,7 @@ folder = $(if $(filter $(2),$(notdir $(whole))),$(subst |,$(space),$(dir $(whole
 # A variable left empty leaves the config file's value alone; 0 and no switch off.
 flag = $(if $($(1)),--$(2) $($(1)))
 switch = $(if $(filter-out 0 no false,$($(1))),--$(2))
-TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(call switch,RESUME,resume) $(ARGS)
+TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(call flag,RUN_DIR,run_dir) $(call switch,RESUME,resume) $(ARGS)
 KD_FLAGS = $(call flag,CE_W,ce_w) $(call switch,USE_KD,use_kd) $(call flag,KD_W,kd_w)
 
 override PROMPT := $(value PROMPT)# as it was typed, with any $ in it
@@ -44,7 +44,7 @@ export PYTHONWARNINGS ?= ignore
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED PORT TEST_JOBS"
+	@echo "  variables: K D EPOCHS DATA BATCH_SIZE MSE_W CE_W KD_W USE_KD=1 AE_CKPT STUDENT_CKPT CKPT_DIR RUN_DIR PROMPT MAX_TOKENS TEMP TOP_P SEED PORT TEST_JOBS"
 	@echo "             AE_CONFIG TOKEN_MODEL_CONFIG STUDENT_CONFIG RESUME=1 QUICK=1 ARGS (more flags)"
 
 setup: $(VENV)/installed ## make .venv with the pinned requirements

@@ -68,6 +68,22 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _repeated(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first key that a mapping has twice, of which YAML takes the last without a word."""
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    return key
+                seen.add(key.value)
+            children.append(value)
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    return next((found for child in children if (found := _repeated(child))), None)
+
+
 def read_plain_yaml(path: str | Path) -> Any:
     """A YAML file of plain values, lists and mappings. Raises as `read_text`, and UserError for what is no such YAML.
 
@@ -79,6 +95,8 @@ def read_plain_yaml(path: str | Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if getattr(event, "anchor", None) or getattr(event, "tag", None) or depth > DEEPEST_YAML:
                 raise UserError(f"{path}: expected plain values, without anchors (&, *), tags (!) or deep nesting")
+        if repeated := _repeated(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"{path}:{repeated.start_mark.line + 1}: {repeated.value} stands there for the second time")
         return yaml.safe_load(text)
     except UserError:
         raise

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from tqdm import tqdm
 from configs.errors import EXIT_INTERRUPTED, UserError
 from configs.files import read_json
 from configs.muon import Float32Muon
-from configs.parallel import ABOUT, OLD, Losses, Replicas, World, join, set_aside, whole_saves, world
+from configs.parallel import ABOUT, OLD, Losses, Replicas, World, join, set_aside, started_by, whole_saves, world
 from configs.run import (
     Run,
     has_fast_bf16,
+    held,
     load_state,
     load_weights,
     pick_device,
@@ -196,8 +198,25 @@ def fit(
     validate(full) the validation figures, on a sample or on everything; `content` is what checkpoint_dir/NAME.pt carries
     beside weights, step and figures (config, tokenizer). The training state (weights, optimizer, step) lies beside it in
     NAME.state.pt, the one saved before in NAME.state.prev.pt. Raises UserError on a loss or gradient that is not finite,
-    and leaves the batch in NAME.bad_batch.pt.
+    and leaves the batch in NAME.bad_batch.pt; and where another process trains into one of the folders.
     """
+    with ExitStack() as locks:
+        for path in (Path(cfg.checkpoint_dir) / f".{name}.lock", setup.run.folder / ".lock") if setup.here.first else ():
+            lock = held(path)
+            if lock is None:
+                raise UserError(
+                    f"another training writes to {path.parent}: wait until it is done, or choose another --checkpoint_dir and "
+                    "--run_dir"
+                )
+            locks.enter_context(lock)
+        return _fit(name, model, cfg, setup, total, tokens_per_step, batch_at, loss_of, validate, content)
+
+
+def _fit(
+    name: str, model: nn.Module, cfg: TrainConfig, setup: Setup, total: int, tokens_per_step: int,
+    batch_at: Callable[[int], tuple[Tensor, ...]], loss_of: Callable[..., Losses], validate: Callable[[bool], dict[str, Any]],
+    content: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     folder, here, run = Path(cfg.checkpoint_dir), setup.here, setup.run
     replicas = Replicas(model, cfg, here, setup.device)
     if replicas.sharded and setup.compile:  # as --set compile=auto may have it
@@ -207,16 +226,26 @@ def fit(
     state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
     if here.first:
         remove_temporaries(folder, name)
-    if here.first and not cfg.resume and not here.restarts:  # what restarts must not go on from another training's save
+    begun = folder / f".{name}.begun"  # by which torchrun: what it restarts must not go on from another training's save
+    if here.first and not cfg.resume and not (here.restarts and begun.is_file() and begun.read_text() == started_by()):
         set_aside(shards)
         set_state_aside(state_path)
+        if "RANK" in os.environ:
+            begun.write_text(started_by())
+    replicas.any(0)  # the others look only now
     if replicas.sharded:
         place, saved = shards, [save for save in whole_saves(shards) if not save.name.startswith(OLD)]
     else:
         place, saved = state_path, saved_states(state_path)
+    if replicas.any(int(bool(saved))) > -replicas.any(-int(bool(saved))):
+        raise UserError(
+            f"the save in {folder} is not there for every process: --checkpoint_dir must be one folder for all machines"
+        )
     if cfg.resume or (here.restarts and saved):
         state = replicas.in_turn(_saved_state, name, place, saved, cfg, content, run)
         first, source = state["step"], saved[0] if replicas.sharded else place
+        if replicas.any(first) != -replicas.any(-first):
+            raise UserError(f"the processes read different saves in {folder}: it must be one folder for all machines")
         if first > total:
             raise UserError(f"--resume: {source} is at step {first}, past the {total} that were asked for; raise --max_steps")
         decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in every]
@@ -341,6 +370,8 @@ def _saved_state(
         raise UserError(f"--resume: {path} was trained on data of another tokenizer than {cfg.data}'s; train without --resume")
     if was["tokens"] != data["tokens"]:
         other.append(f"data of {was['tokens']:,} -> {data['tokens']:,} tokens")
+    if was.get("autoencoder", data["autoencoder"]) != data["autoencoder"]:
+        other.append("the latents of another autoencoder")
     if other:
         run.log(f"{name}: this goes on as another run than the one that was saved: {', '.join(other)}")
     return state
@@ -348,7 +379,8 @@ def _saved_state(
 
 def _data_of(content: dict[str, Any]) -> dict[str, Any]:
     """What a save says of the text that it was trained on, which the folder's name does not tell."""
-    return {"tokenizer": content["tokenizer"]["fingerprint"], "tokens": content["train_tokens"]}
+    told = {"tokenizer": content["tokenizer"]["fingerprint"], "tokens": content["train_tokens"]}
+    return {**told, "autoencoder": content.get("autoencoder")}
 
 
 def _not_finite(

@@ -61,6 +61,12 @@ def world() -> World:
     return World(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1, 0), strict=True)))
 
 
+def started_by() -> str:
+    """Which torchrun started this process: its --rdzv_id, else the number of its own process."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return str(os.getppid()) if run_id == "none" else run_id
+
+
 def join(device: torch.device) -> tuple[World, torch.device]:
     """Meet the other processes, if torchrun started any; returns this one's place and its own device."""
     here = world()

@@ -47,7 +47,7 @@ ROWS = {
     "rest": "the rest, at the peak",
     "peak": "peak of a step",
 }
-STATES_KEPT = 2  # training states on the disk: the last one and the one before
+STATES = 3  # training states on the disk while one is saved: the last one and the one before stay until it is whole
 
 
 @lru_cache
@@ -217,7 +217,7 @@ def show(
     seconds = flops / rate
     muon = f", {one.optimizer_flops / flops:.0%} of them Muon's, whatever the batch" if one.optimizer_flops else ""
     weights = one.parameters
-    disk = weights + STATES_KEPT * (weights + one.optimizer)
+    disk = weights + STATES * (weights + one.optimizer)
 
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, GB a process:")
     print(f"{'':28}" + "".join(f"{title:>16}" for title in columns))

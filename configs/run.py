@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -20,13 +22,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import yaml
 
 from configs.errors import UserError
-from configs.files import read_json_lines, read_text, replace_text
+from configs.files import read_text, replace_text
 
 M = TypeVar("M", bound=torch.nn.Module)
 FORMAT = "latentforge-checkpoint"
@@ -125,6 +127,18 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def held(path: Path) -> IO[str] | None:
+    """A lock that ends with the process, however that ends, or when it is closed; None while another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
 # ------------------------------------------------------------------------------------------------------ run folder
 class Run:
     """runs/NAME/: config.yaml (resolved), environment.json, metrics.jsonl, log.txt. Opened again, it appends.
@@ -197,7 +211,11 @@ class Run:
 def training_ended(folder: Path) -> bool:
     """Whether the training of this run folder came to its end (asked to stop, a trainer saves and may exit with 0, too)."""
     path = folder / "metrics.jsonl"
-    return path.exists() and any(line.get("final") for line in read_json_lines(path)[-1:])
+    try:
+        last = json.loads((read_text(path).splitlines() or ["{}"])[-1])
+    except (FileNotFoundError, ValueError):  # cut short, by a full disk say: --resume drops it
+        return False
+    return isinstance(last, dict) and bool(last.get("final"))
 
 
 def _tensorboard_writer() -> Callable[[str], Any]:
@@ -210,6 +228,14 @@ def _tensorboard_writer() -> Callable[[str], Any]:
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # what says nothing of a file's content
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells two models of one shape apart."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class Damaged(UserError):

@@ -35,7 +35,7 @@ class TrainConfig:
     data: str = opt("data/packed", "packed data: a folder written by tools/data_packing.py")
     k: int = opt(8, "tokens a chunk", low=1)
     batch_size: int = opt(8, "sequences (student, token model) or chunks (AE) a step", low=1)
-    epochs: float = opt(1.0, "passes over the training data; --max_steps wins", low=1e-9)
+    epochs: float = opt(1.0, "passes over the training data; --max_steps beside it wins", low=1e-9, high=1e6)
     max_steps: int | None = opt(None, "optimizer steps; unset: from --epochs", low=1)
     lr: float = opt(3e-4, "peak learning rate", low=0)
     warmup_steps: int = opt(20, "steps of linear warm-up", low=0)
@@ -252,6 +252,9 @@ def parse_config(cls: type[C], description: str | None, argv: Sequence[str] | No
             raise UserError(f"--set {item}: expected KEY=VALUE")
         config_from(cls, {key: value}, "--set")
         values[key] = value
+    told = flags.keys() | {item.partition("=")[0] for item in sets}
+    if "epochs" in told and "max_steps" not in told:
+        values.pop("max_steps", None)  # the file's: flags win
     return config_from(cls, {**values, **flags}, "command line")
 
 

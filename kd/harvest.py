@@ -24,6 +24,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -46,10 +47,11 @@ from kd.kd_client import (
 )
 from kd.limits import Patience
 from kd.prompts import TEMPLATE, HarvestConfig, Job, Prompts
-from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, text_of_answer, wire_top
+from kd.records import Misaligned, TokenizerLike, TokenTable, parse_answer, scored_text, text_of_answer, wire_top
 from kd.settings import Settings
 from kd.store import Store, request_key
 
+LETTERS = re.compile("[^A-Za-z0-9]+")  # what is left out where texts are compared: spaces and broken characters may differ
 PROBED = 3  # prompts to try the first call with: a single one may be refused for what it says
 ALL_MISALIGNED = 20  # answers, none of which can be used: it is the wrong tokenizer, or a model that writes no text
 RECENT, MOSTLY = 100, 90  # so many of the last so many: something has changed, or the good ones were luck
@@ -95,6 +97,7 @@ class Harvest:
         self.fields: dict[str, Any] = {}  # what asks for logprobs
         self.probed = b""  # the key of this run's first call
         self.recent: deque[str | None] = deque(maxlen=RECENT)  # why the last answers cannot be used
+        self.disk = ThreadPoolExecutor(1)  # its own: what arrives is stored while others are parsed
         self.bar: Any = None
 
     async def run(self) -> None:
@@ -157,10 +160,30 @@ class Harvest:
                 problem = error
                 continue
             job.body |= self.fields
-            self._note(self._commit(job, answer))
+            self._commit(job, answer)
+            self._note(self._problem(job, answer))
             self.probed = self._key(job.body)
+            if cfg.mode == "score" and self.table is not None and not text_of_answer(answer.body):
+                await self._check_words(job, self.table.tokenizer)
             return answer
         raise UserError(f"the first calls to {client.settings.base_url} failed: {problem}")
+
+    async def _check_words(self, job: Job, tokenizer: TokenizerLike) -> None:
+        """Raise UserError where the teacher reads the ids that it is to score as another text.
+
+        vLLM tells no text beside ids, and ids alone may be of any tokenizer: ask once more, for words, which is not stored.
+        """
+        plain = await self.client.ask({key: value for key, value in job.body.items() if not key.startswith("return_")})
+        if plain.cost:
+            self.store.lose(plain.cost)
+        told, sent = (LETTERS.sub("", text) for text in (scored_text(plain.body), tokenizer.decode(job.body["prompt"])))
+        if not told:
+            self.log("the server tells no text: not checked that its tokenizer is that of --data")
+        elif sent not in told:
+            raise UserError(
+                f"{self.client.settings.model} reads the ids of {self.cfg.data} as other text: pack it with the teacher's own "
+                "--tokenizer"
+            )
 
     def _key(self, body: dict[str, Any]) -> bytes:
         return request_key(self.client.settings.model, body, TEMPLATE)
@@ -200,14 +223,11 @@ class Harvest:
         if isinstance(outcome, Dropped):
             summary.dropped[outcome.reason] += 1
         else:
-            commit = asyncio.ensure_future(asyncio.to_thread(self._commit, job, outcome))
-            try:
-                self._note(await asyncio.shield(commit))
-            except asyncio.CancelledError:
-                await asyncio.wait([commit])  # it is paid for; cancelled, one that waits for a thread would never start
-                raise
+            # no task, which a second Ctrl-C would cancel: the answer is paid for
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.disk, self._commit, job, outcome))
             summary.answers += 1
             self._count(self._taught(outcome))
+            self._note(await asyncio.to_thread(self._problem, job, outcome))
         self.bar.set_postfix_str(
             f"{summary.answers + summary.found} answers, {self.client.dollars}, {self.client.errors.total()} retries, "
             f"{summary.dropped.total()} dropped, {summary.misaligned.total()} of no use",
@@ -229,15 +249,15 @@ class Harvest:
             )
 
     def _note(self, misaligned: str | None) -> None:
-        """Count what `_commit` found."""
+        """Count what `_problem` found."""
         self.recent.append(misaligned)
         if misaligned is None:
             self.summary.aligned += 1
         else:
             self.summary.misaligned[misaligned] += 1
 
-    def _commit(self, job: Job, answer: Answer) -> str | None:
-        """Put the answer on the disk; returns why it cannot be used; None: it can, or there is no tokenizer to tell."""
+    def _commit(self, job: Job, answer: Answer) -> None:
+        """Put the answer on the disk."""
         self.store.put(
             job.body,
             answer.raw,
@@ -248,6 +268,9 @@ class Harvest:
             completion_tokens=self._taught(answer),
             cost=answer.cost,
         )
+
+    def _problem(self, job: Job, answer: Answer) -> str | None:
+        """Why an answer cannot be used; None: it can, or there is no tokenizer to tell."""
         if self.cfg.mode != "score" and not text_of_answer(answer.body):
             return NO_TEXT
         if self.table is not None:
@@ -285,20 +308,22 @@ class Harvest:
 
 
 async def _harvest(harvest: Harvest) -> None:
-    """Run it; the first Ctrl-C or SIGTERM lets what is in flight (and paid for) come in, the second one gives that up.
+    """Run it; the first Ctrl-C, SIGTERM or SIGHUP lets what is in flight (and paid for) come in, the second one gives that up.
 
     What is given up is part of the store's cost even so: the task is cancelled, the process is not ended.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     interrupted = Interrupted("interrupted; the same command goes on")
     assert task is not None
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    signals = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    if signals and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # the terminal is gone; nohup ignores it
+        signals.append(signal.SIGHUP)
 
     def finish() -> None:
         for number in signals:
             loop.add_signal_handler(number, task.cancel)
-        harvest.log("finishing the requests that are in flight; once more to drop them")
         harvest.client.stop(interrupted)
+        harvest.log("finishing the requests that are in flight; once more to drop them")
 
     for number in signals:
         loop.add_signal_handler(number, finish)
@@ -349,6 +374,7 @@ def harvest(
         try:
             asyncio.run(_harvest(work))
         finally:
+            work.disk.shutdown()
             gc.set_threshold(*thresholds)
             work.summary.spent = client.dollars
             if not cfg.dry_run:

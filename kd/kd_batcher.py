@@ -61,9 +61,10 @@ from kd.records import (
 from kd.store import Store, StoredAnswer
 
 KINDS = ("logprobs", "sequence")
-PACKING = 3  # version of how answers become documents and splits
-FILES = ("tokens.bin", "docs.bin", "top_ids.bin", "top_logprobs.bin")
+PACKING = 4  # version of how answers become documents and splits
+FILES = ("tokens.bin", "docs.bin", "cuts.bin", "top_ids.bin", "top_logprobs.bin")
 DEFAULT_K = 20
+WHOLE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of answers that broke off nowhere
 
 
 class PackingTokenizer(TokenizerLike, Protocol):
@@ -105,9 +106,7 @@ class KDWriter:
         np.copyto(packed_ids[:, :kept], top_ids[:, :kept].astype(self.top_dtype), where=known[:, :kept])
         lowest = np.finfo(np.float16).min
         np.copyto(packed[:, :kept], np.maximum(top_logprobs[:, :kept], lowest).astype(np.float16), where=known[:, :kept])
-        if cut:
-            packed[-1] = -np.inf
-        parts = (ids.astype(self.dtype), np.int64(self.n_tokens), packed_ids, packed)
+        parts = (ids.astype(self.dtype), np.int64(self.n_tokens), np.bool_(cut), packed_ids, packed)
         for file, part in zip(self._files.values(), parts, strict=True):
             file.write(part.tobytes())
         self.n_tokens += len(ids)
@@ -126,7 +125,7 @@ class KDWriter:
             os.fsync(file.fileno())
             file.close()
         if not self.n_scored:
-            for name in FILES[2:]:
+            for name in FILES[3:]:
                 (self.folder / name).unlink()
         head = {
             "dtype": self.dtype.name,
@@ -162,6 +161,8 @@ class KDShard(Packed):
             "teacher", lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names), "a list of names"
         )
         self._top_dtype = self._dtype("kd_dtype", self.vocab_size + 1)
+        ends = np.append(self.doc_starts[1:], self.n_tokens) - 1 if self.n_docs else self.doc_starts
+        self.cut_ends = ends[self._map("cuts.bin", np.dtype(np.uint8), (self.n_docs,)) != 0]  # sorted, as documents are
         self.top_ids = self._map("top_ids.bin", self._top_dtype, (self.n_tokens, self.k))
         self.top_logprobs = self._map("top_logprobs.bin", np.dtype(np.float16), (self.n_tokens, self.k))
 
@@ -173,8 +174,7 @@ class KDShard(Packed):
     def windows(self, starts: Iterable[int], window: int) -> tuple[Tensor, Tensor, Tensor]:
         """The windows that begin at these tokens, as `PackedData.tokens` counts them.
 
-        Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32, -inf
-        where an end-of-text stands for a cut.
+        Returns tokens (B, T) int64, top ids (B, T, k) int64 with -1 for missing, and top logprobs (B, T, k) float32.
         Raises UserError for what cannot have been written.
         """
         spans = [slice(start, start + window) for start in starts]
@@ -185,6 +185,11 @@ class KDShard(Packed):
             raise self._damaged("top_logprobs.bin holds what is no logprob")
         wide = np.where(told, ids, np.int64(MISSING))
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(wide), torch.from_numpy(logprobs.astype(np.float32))
+
+    def cut(self, starts: Iterable[int], window: int) -> Tensor:
+        """Where in these windows an end-of-text stands for a cut, (B, T)."""
+        at = np.array(list(starts))[:, None] + np.arange(window)
+        return torch.from_numpy(np.searchsorted(self.cut_ends, at, "right") > np.searchsorted(self.cut_ends, at))
 
 
 def document(
@@ -201,7 +206,7 @@ def document(
     top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
     top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
     first = int(len(ids) > 1 and ids[0] in (eot_id, start_id))
-    cut = bool(below) and (record.source == "score" or record.finish_reason in ("length", "content_filter"))
+    cut = bool(below) and (record.source == "score" or record.finish_reason not in WHOLE)
     return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:], cut
 
 
@@ -302,7 +307,8 @@ def _pack(
         return _pack(answers, tokenizer, folder, k, math.nextafter(lowest, 1), meta)
     for name, writer in writers.items():
         if not writer.n_docs and (name == "train" or val_split):
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "the store is empty"
+            none = "all to one prompt, and a prompt lies in one split" if seen else "the store is empty"
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or none
             raise UserError(f"{len(seen):,} usable answers leave nothing for {name} ({reasons}); harvest more")
         counts[f"{name} documents"], counts[f"{name} tokens"] = writer.n_docs, writer.n_tokens
         counts[f"{name} scored tokens"] = writer.n_scored

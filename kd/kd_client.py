@@ -411,6 +411,8 @@ class TeacherClient:
             raise _Failed(_error_text(response, self.settings.api_key))
         if not choices or not all(isinstance(c.get("message"), dict) or isinstance(c.get("text"), str) for c in choices):
             raise _Broken("no choices")
+        if any(choice.get("finish_reason") == "error" for choice in choices):
+            raise _Broken("it broke off with an error")
         if len(self.settings.api_key) >= SECRET and self.settings.api_key.encode() in raw:
             raise Dropped("the answer repeats the API key")
         told = answer.get("model")

@@ -87,7 +87,7 @@ def reset_s(text: str) -> float:
     value = number_in(text)
     if value is None:
         units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-        return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)(ms|s|m|h|d)", text))
+        return sum(float(n) * units[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text))
     if value > 1e12:
         value /= 1000
     return max(0.0, value - time.time() if value > 1e9 else value)
@@ -100,5 +100,5 @@ def retry_after_s(text: str | None) -> float:
         return max(0.0, value)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time()) if text else 0.0
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

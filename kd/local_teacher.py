@@ -251,7 +251,8 @@ class Teacher:
             top_ids, top_logprobs = [None, *of_prompt[1], *top_ids], [None, *of_prompt[2], *top_logprobs]  # type: ignore[list-item]
         strings = self.text.strings
         tokens = [strings[i] for i in ids]
-        offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+        lengths = [0 if i in self.text.special else len(strings[i]) for i in ids]  # the text has no special tokens
+        offsets = np.cumsum([0, *lengths])[:-1].tolist()
         shown: dict[str, Any] = {"tokens": tokens, "token_logprobs": logprobs, "text_offset": offsets}
         if with_ids:
             shown |= {"token_ids": ids, "top_token_ids": top_ids, "top_token_logprobs": top_logprobs}

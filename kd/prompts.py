@@ -31,7 +31,9 @@ class HarvestConfig:
 
     n_tokens: int = opt(1_000_000, "tokens of the teacher's text that the store should hold of this harvest", low=1)
     data: str | None = opt(None, "packed data: prompts are the beginnings of its training documents")
-    prompts: str | None = opt(None, "JSON lines with `text`, `prompt` or `messages`")
+    prompts: str | None = opt(
+        None, "JSON lines with `text`, `prompt` or `messages`; append new ones: an answer is found by its line"
+    )
     prompt_tokens: int = opt(64, "tokens of a document that are its beginning", low=1)
     tokenizer: str | None = opt(None, "folder, tokenizer.json or hub name; unset: that of --data")
     store: str | None = opt(None, "SQLite file of this teacher; unset: data/teacher/MODEL.sqlite")

@@ -161,6 +161,15 @@ def text_of_answer(answer: Mapping[str, Any]) -> str:
         return ""
 
 
+def scored_text(answer: Mapping[str, Any]) -> str:
+    """The text of an answer that echoes its prompt, by its tokens where the server tells no other; empty: it tells none."""
+    try:
+        choice = choices_of(answer)[0]
+        return text_of(choice) or "".join(token.text or "" for token in _generated(choice, {}) or [])
+    except (Misaligned, KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return ""
+
+
 def parse_answer(
     request: Mapping[str, Any],
     answer: Mapping[str, Any],

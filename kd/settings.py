@@ -42,14 +42,17 @@ class Settings:
             )
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise UserError("VENICE_API_KEY has a space, a control character or a character outside ASCII; paste it again")
+        if "@" in url:  # nothing of it is shown: the key may have been put there
+            raise UserError("VENICE_BASE_URL holds a user name or password; put the key into VENICE_API_KEY instead")
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise UserError(f"VENICE_BASE_URL is no URL ({error})") from None
-        if parsed.userinfo:
-            raise UserError("VENICE_BASE_URL holds a user name or password; put the key into VENICE_API_KEY instead")
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise UserError(f"VENICE_BASE_URL: expected https://host/... (or http:// on this machine), got {url!r}")
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+            raise UserError(
+                "VENICE_BASE_URL (or --base_url): expected https://host/path, or http:// on this machine, without ? and #; "
+                "what it holds is not shown, as it may be a secret"
+            )
         if parsed.scheme == "http" and not _is_loopback(parsed.host) and not allow_http:
             raise UserError(
                 f"{url} is plain http to another machine: key and text could be read on the way. Use https, or --allow_http "

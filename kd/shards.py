@@ -76,6 +76,7 @@ def merge(paths: Sequence[Path], output: Path) -> dict[str, Any]:
                 read += len(store)
                 merged.merge(store)
         totals = merged.totals()
+        merged.settle()  # closing would try the same, and tell nobody where it fails
     unfinished.replace(output)
     return {"output": str(output), "models": sorted(models), "in_several": read - totals.answers, **vars(totals)}
 

@@ -259,6 +259,11 @@ class Store:
             lost = self._db.execute("SELECT coalesce(sum(cost), 0.0) FROM lost").fetchone()[0] if self._has_lost() else 0.0
         return replace(totals, cost=totals.cost + lost)
 
+    def newest(self) -> float:
+        """When the youngest answer was stored, UNIX seconds; 0 without any."""
+        with self._errors(), self._lock:
+            return self._db.execute("SELECT coalesce(max(created), 0.0) FROM answers").fetchone()[0]
+
     def get(self, key: bytes) -> StoredAnswer | None:
         """The answer with this key; None where there is none."""
         with self._errors(), self._lock:
@@ -309,6 +314,11 @@ class Store:
             with self._errors(), self._lock:
                 self._add_lost(lost)
         return taken
+
+    def settle(self) -> None:
+        """Bring all that was committed into the file itself, which may then be moved. Raises UserError on a full disk."""
+        with self._errors(), self._lock:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def models(self) -> set[str]:
         """The teachers whose answers are here: one, as a rule."""

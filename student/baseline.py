@@ -156,14 +156,14 @@ def main() -> None:
 
     def loss(tokens: Tensor, *rows: Tensor) -> loop.Losses:
         states = model.hidden(tokens)[:, 1:]  # (B, T-1, H)
-        targets, ce_at = tokens[:, 1:].flatten(), teacher.hard(cfg, rows) if teacher and rows else None
-        weights = None if ce_at is None else ce_at.flatten() / targets.numel()
-        learn = ce_w > 0 or not (teacher and rows)
+        targets, kd = tokens[:, 1:].flatten(), teacher.divergence(cfg, model.table, rows, tokens[:, 1:]) if teacher else None
+        weights = teacher.hard(cfg, rows).flatten() / targets.numel() if teacher else None
+        learn = ce_w > 0 or kd is None
         learnt, nll = weighted_nll(states.flatten(0, 1), model.table, targets, weights, learn)
         ce = nll.mean()
-        if not (teacher and rows):
+        if kd is None:
             return ce_w * learnt, {"ce": ce}
-        kl = teacher.divergence(cfg, model.table, rows, tokens[:, 1:])(states)
+        kl = kd(states)
         return ce_w * learnt + cfg.kd_w * kl, {"ce": ce, "kl": kl.detach()}
 
     def batch_at(step: int) -> tuple[Tensor, ...]:

@@ -70,37 +70,44 @@ class Teacher:
         log(f"no logprobs of the teacher's: --kd_w {cfg.kd_w:g} is added to --ce_w {ce_w:g}, on the tokens that it wrote")
         return ce_w + cfg.kd_w
 
-    def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor | None:
-        """The positions (B, T) that learn from the cross-entropy: those without a row, but for ends where an answer was cut,
-        unless --ce_w asks for all (None).
+    def hard(self, cfg: LMTrainConfig, rows: Sequence[Tensor]) -> Tensor:
+        """The positions (B, T) that learn from the cross-entropy: those without a row, or, with --ce_w, all; but never an end
+        that stands for a cut.
 
         A teacher's token is one draw from the distribution that its row tells: where the row is known, the draw tells more
         only of the words beyond the row, and `divergence` takes that from it (docs/distillation.md).
         """
-        return (rows[0] < 0).all(-1) & ~rows[1].isneginf().all(-1) if rows and self._rows_say_it(cfg) else None
+        cut = rows[0]
+        return (rows[1] < 0).all(-1) & ~cut if self._rows_say_it(cfg) else ~cut
 
     def _rows_say_it(self, cfg: LMTrainConfig) -> bool:
         """Whether the tokens are left to the divergence where there is a row."""
-        return cfg.ce_w is None and cfg.kd_w > 0 and self.train.drawn
+        return self.soft and cfg.ce_w is None and cfg.kd_w > 0 and self.train.drawn
 
     def rows(self, starts: Iterable[int], window: int, pads: Tensor | None = None, first: int = 0) -> tuple[Tensor, ...]:
         """What the teacher said of each token of the training windows that begin at `starts`, shifted as their tokens are.
 
-        Top ids and top logprobs, (B, T - first, k) each, and how many positions it scored, (); () without logprobs.
+        Where an end stands for a cut, (B, T - first); with logprobs also top ids and top logprobs, (B, T - first, k) each, and
+        how many positions it scored, ().
         """
+        cut = self.train.cut(starts, window)
+        if pads is not None:
+            cut = shift_right(cut, pads, False)
         if not self.soft:
-            return ()
+            return (cut[:, first:],)
         _, ids, logprobs = self.train.windows(starts, window)
         if pads is not None:
             ids, logprobs = shift_right(ids, pads, MISSING), shift_right(logprobs, pads, 0.0)
-        return ids[:, first:], logprobs[:, first:], scored_positions(ids[:, first:])
+        return cut[:, first:], ids[:, first:], logprobs[:, first:], scored_positions(ids[:, first:])
 
     def divergence(
         self, cfg: LMTrainConfig, table: Tensor, rows: Sequence[Tensor], tokens: Tensor
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[[Tensor], Tensor] | None:
         """States (B, T, E) -> their mean KL to the teacher's rows; where the cross-entropy leaves them out, the tokens (B, T)
-        still tell the words beyond the row apart."""
-        ids, logprobs, count = rows
+        still tell the words beyond the row apart. None without logprobs."""
+        if not self.soft:
+            return None
+        _, ids, logprobs, count = rows
         told: dict[str, Any] = {
             "top_ids": ids,
             "top_logprobs": logprobs,
@@ -178,14 +185,15 @@ def _from_store(cfg: LMTrainConfig, window: int) -> Path:
             except Interrupted:
                 raise KeyboardInterrupt from None
         answers = len(store)
-        made_of = {"store_answers": answers, "kd_asked": cfg.kd_k, "tokenizer_fingerprint": data.fingerprint}
+        made_of = {"store_answers": answers, "store_newest": store.newest(), "kd_asked": cfg.kd_k}
         meta = folder / "train" / "meta.json"
         if meta.exists():
             packed = read_json(meta)
-            if packed.get("packing") == PACKING and all(packed.get(key) == value for key, value in made_of.items()):
+            known = {**made_of, "packing": PACKING, "tokenizer_fingerprint": data.fingerprint}
+            if all(packed.get(key) == value for key, value in known.items()):
                 return folder
         tokenizer = TokenizerAdapter.load(data.tokenizer)
         _log(f"packing {answers:,} answers of {path} into {folder}")
-        counts = pack_answers(store, tokenizer, folder, k=cfg.kd_k, store_answers=answers, kd_asked=cfg.kd_k)
+        counts = pack_answers(store, tokenizer, folder, k=cfg.kd_k, **made_of)
     _log(", ".join(f"{count:,} {what}" for what, count in counts.items()))
     return folder

@@ -25,7 +25,7 @@ from ae.ae_model import AEConfig, Autoencoder, load_ae
 from ae.chunks import PackedData, TrainWindows, tokenizer_record
 from configs import loop, plan
 from configs.errors import UserError, run_cli
-from configs.run import check_fingerprint
+from configs.run import check_fingerprint, weights_digest
 from configs.schema import AETrainConfig, StudentTrainConfig, parse_config
 from student.baseline import backbone_fields, mean_nll
 from student.distillation import open_teacher, shift_right
@@ -101,7 +101,7 @@ def main() -> None:
         counted = n_tokens, n_chunks
         if cfg.head == "energy":
             return student_energy_loss(model, frozen, tokens, pads, counted)
-        kd = teacher.divergence(cfg, model.table, rows, tokens) if teacher and rows else None
+        kd = teacher.divergence(cfg, model.table, rows, tokens) if teacher else None
         ce_at = teacher.hard(cfg, rows) if teacher else None
         return student_loss(
             model, frozen, tokens, pads, ce_w=ce_w, ce_at=ce_at, mse_w=cfg.mse_w, base_w=cfg.base_w, kd_w=cfg.kd_w, kd=kd,
@@ -137,6 +137,7 @@ def main() -> None:
         "train_tokens": train.n_tokens,
         "train_config": asdict(cfg),
         "distillation": teacher.about() if teacher else None,
+        "autoencoder": weights_digest(frozen) if cfg.mse_w or cfg.head == "energy" else None,  # whose latents are aimed at
     }
     figures = loop.fit("student", model, cfg, setup, total, tokens_per_step, batch_at, loss, validate, content)
     if setup.here.first:

@@ -81,6 +81,10 @@ def test_precedence(tmp_path: Path) -> None:
     )
     assert (cfg.lr, cfg.k, cfg.seed, cfg.bf16, cfg.compile, cfg.max_steps, cfg.embed_dim) == (3e-4, 4, 9, None, False, 7, 768)
     assert parse_config(AETrainConfig, None, ["--bf16"]).bf16 is True
+    cfg = parse_config(AETrainConfig, None, ["--config", str(path), "--epochs", "3"])
+    assert (cfg.epochs, cfg.max_steps) == (3, None)  # a flag wins over the file, whichever of the two it is
+    both = ["--config", str(path), "--epochs", "3", "--max_steps", "9"]
+    assert parse_config(AETrainConfig, None, both).max_steps == 9
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,7 @@ def test_precedence(tmp_path: Path) -> None:
         ("checkpoint_dir:", "checkpoint_dir: expected str, got None"),
         ("- 1", "expected `key: value` lines"),
         ("a: b: c", "not valid YAML"),
+        ("lr: 1\nk: 2\nlr: 3", "c.yaml:3: lr stands there for the second time"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -284,23 +284,26 @@ def test_the_student_s_loss_has_the_kl_at_all_positions_but_pads() -> None:
 
 
 def test_where_the_teacher_told_its_logprobs_the_drawn_token_teaches_nothing() -> None:
-    """--ce_w unset: cross-entropy at positions without a row alone, but not where a cut is no end; given: everywhere."""
+    """--ce_w unset: cross-entropy at positions without a row alone; given: everywhere; never where a cut is no end."""
     model = make_student()
     tokens, pads = torch.randint(2, 320, (2, 12)), torch.tensor([3, 0])
     ids = torch.randint(0, 320, (2, 12, 1))
     ids[:, 8:] = MISSING
-    logprobs = torch.zeros(2, 12, 1)
-    logprobs[1, 11] = -torch.inf
-    shards: list[Any] = [SimpleNamespace(drawn=drawn) for drawn in (True, False)]
+    logprobs, cut = torch.zeros(2, 12, 1), torch.zeros(2, 12, dtype=torch.bool)
+    cut[1, 11] = True
+    rows = [cut, ids, logprobs, torch.tensor(16)]
+    shards: list[Any] = [SimpleNamespace(drawn=drawn, kind="logprobs") for drawn in (True, False)]
     drawn, told = (Teacher(Path(), shard, shard, 1.0) for shard in shards)
-    unset, given = (drawn.hard(LMTrainConfig(ce_w=w), [ids, logprobs]) for w in (None, 1.0))
-    assert given is None and unset is not None
     expected = torch.arange(12).expand(2, -1) >= 8
-    assert torch.equal(unset, expected & ~logprobs[..., 0].isneginf())
-    assert drawn.hard(LMTrainConfig(kd_w=0), [ids, logprobs]) is None  # no KL to do it
-    assert told.hard(LMTrainConfig(), [ids, logprobs]) is None  # what was not drawn is learned from everywhere
+    assert torch.equal(drawn.hard(LMTrainConfig(), rows), expected & ~cut)
+    silent = Teacher(Path(), *[SimpleNamespace(drawn=True, kind="sequence")] * 2, 1.0)  # type: ignore[list-item]
+    # no KL to do it; what was not drawn; a teacher without logprobs
+    for everywhere in (drawn.hard(LMTrainConfig(ce_w=1), rows), drawn.hard(LMTrainConfig(kd_w=0), rows),
+                       told.hard(LMTrainConfig(), rows), silent.hard(LMTrainConfig(), [cut])):  # fmt: skip
+        assert torch.equal(everywhere, ~cut)
+    assert silent.divergence(LMTrainConfig(), model.table, [cut], tokens) is None
     for teacher, left_out in ((drawn, True), (told, False)):
-        kl = teacher.divergence(LMTrainConfig(), model.table, [ids, logprobs, torch.tensor(16)], tokens)
+        kl = teacher.divergence(LMTrainConfig(), model.table, rows, tokens)
         assert (kl.keywords["drawn"] is tokens) == left_out  # type: ignore[attr-defined]
     unset = expected
     part, whole = (student_loss(model, None, tokens, pads, ce_w=1.0, ce_at=at) for at in (unset, None))

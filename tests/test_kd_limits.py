@@ -24,6 +24,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_reset_headers(clock: SimpleNamespace) -> None:
     assert reset_s("12") == 12 and reset_s("6m0s") == 360 and reset_s("20ms") == pytest.approx(0.02) and reset_s("soon") == 0
+    assert (
+        reset_s("1.5s") == 1.5 and 0 <= reset_s("1.2.3s") < 10 and retry_after_s("Mon, 30 Nov 2026 00:00:00 +9999999999") == 0
+    )
     assert reset_s(str(clock.time() + 30)) == reset_s(str(clock.time() * 1000 + 30_000)) == 30
     assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and retry_after_s("2.5") == 2.5
     assert retry_after_s("x") == retry_after_s(None) == 0

@@ -24,7 +24,7 @@ from ae.losses import ae_loss
 from configs import loop
 from configs.errors import EXIT_USER_ERROR
 from configs.loop import optimizers
-from configs.run import load_state, save_checkpoint
+from configs.run import held, load_state, save_checkpoint, training_ended
 from configs.schema import StudentTrainConfig
 from student import baseline, train_student
 from tools import data_packing, train_tokenizer
@@ -102,6 +102,42 @@ def test_resume_notices_other_text_behind_the_same_name(
     assert run_script(train_ae, *flags, "--max_steps", 3, "--resume") == 2  # which would train no step
     assert "ae.state.pt was trained on data of another tokenizer" in capsys.readouterr().err
     assert (tmp_path / "checkpoints/ae.pt").read_bytes() == before
+
+
+def test_resume_notices_another_autoencoder_where_its_latents_are_aimed_at(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "ae.pt"
+    content = torch.load(world.ae, weights_only=True)
+    content["state"]["encoder.head.bias"] += 1
+    save_checkpoint(other, "ae", content)
+    for mse_w, told in ((0.1, True), (0, False)):
+        flags = [*world.train_flags(tmp_path / str(told)), *flags_of("student", world), "--mse_w", mse_w]
+        assert run_script(train_student, *flags, "--max_steps", 1) == 0
+        assert run_script(train_student, *flags, "--max_steps", 2, "--resume", "--ae_ckpt", other) == 0
+        assert ("the latents of another autoencoder" in capsys.readouterr().err) == told
+
+
+def test_two_trainings_do_not_write_into_one_folder(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--max_steps", 1]
+    for folder, name in (("checkpoints", ".ae.lock"), ("run", ".lock")):
+        lock = held(tmp_path / folder / name)
+        assert lock is not None and run_script(train_ae, *flags) == 2
+        assert f"another training writes to {tmp_path / folder}" in capsys.readouterr().err
+        lock.close()
+    assert run_script(train_ae, *flags) == 0
+
+
+def test_what_torchrun_restarts_goes_on_from_its_own_save_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training that died before it had begun must not take over what an earlier one left in the folder."""
+    flags = [*world.train_flags(tmp_path), *flags_of("ae", world), "--max_steps", 2]
+    for restarts, job, resumed in ((0, "a", False), (1, "a", True), (1, "b", False), (2, "b", True)):
+        for key, value in (("RANK", "0"), ("TORCHELASTIC_RESTART_COUNT", str(restarts)), ("TORCHELASTIC_RUN_ID", job)):
+            monkeypatch.setenv(key, value)
+        assert run_script(train_ae, *flags) == 0
+        assert ("resumed at step 2" in capsys.readouterr().err) == resumed
 
 
 def test_resume_refuses_fewer_steps(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +316,14 @@ def test_a_damaged_state_costs_the_steps_since_the_save_before(
     assert "resumed at step 4 of 6" in error
     one, two = weights(cut, "ae"), weights(whole, "ae")
     assert all(torch.equal(one[key], two[key]) for key in one) and losses(cut) == losses(whole)
+
+
+def test_a_line_cut_short_is_no_end(tmp_path: Path) -> None:
+    """As a full disk leaves it; --resume drops it."""
+    assert not training_ended(tmp_path)
+    for text, ended in (('{"step": 1}\n', False), ('{"step": 2, "final": true}\n', True), ('{"step": 2, "fin', False)):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert training_ended(tmp_path) == ended
 
 
 def test_tensorboard_shows_what_metrics_say(world: World, tmp_path: Path) -> None:

@@ -178,12 +178,17 @@ class Corpus:
             block = file.read(self._text_limit)
             self.bytes_read += len(block)
             try:
-                if b"\0" in block:
-                    return self.problems.add("binary file", str(path), "" if empty else "left out from here on")
-                text += decoder.decode(block, final=not block)
+                problem = "binary file" if b"\0" in block else ""
+                text += "" if problem else decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                line += text.count("\n") + error.object.count(b"\n", 0, error.start)
-                return self.problems.add("file that is not UTF-8", f"{path}:{line}", "" if empty else "left out from here on")
+                problem = "file that is not UTF-8"
+                if empty:
+                    line += text.count("\n") + error.object.count(b"\n", 0, error.start)
+            if problem:
+                if not empty and text.strip():  # a part of the file is packed: what stands before this block is, too
+                    yield Document(text, f"{path}:{line}")
+                    line += text.count("\n")
+                return self.problems.add(problem, f"{path}:{line}", "" if empty else "left out from here on")
             while len(text) > self._text_limit or (text and not block):
                 end = cut_point(text, 0, self._text_limit)
                 if text[:end].strip():
@@ -316,7 +321,8 @@ def encode(batch: list[Item], tokenizer: TokenizerAdapter) -> list[Item]:
     for item, ids in zip(texts, tokenizer.encode_batch([item.text for item in texts]), strict=True):
         item.ids = np.concatenate([ids, end])
     for item, ids in zip(chats, tokenizer.encode_rendered([item.text for item in chats]), strict=True):
-        item.ids, item.n_bytes = np.concatenate([ids, end]), int(tokenizer.byte_lengths[ids].sum())
+        closed = len(ids) > 0 and ids[-1] == end[0]  # some templates end an answer so
+        item.ids, item.n_bytes = ids if closed else np.concatenate([ids, end]), int(tokenizer.byte_lengths[ids].sum())
     return batch
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from ae.chunks import PackedData
 from configs.errors import UserError
 from configs.files import replace_text
 from configs.loop import FREE_ON_RESUME
-from configs.run import load_checkpoint
+from configs.run import held, load_checkpoint
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, read_yaml
 
 TRAINERS: dict[str, tuple[str, type[TrainConfig]]] = {
@@ -201,7 +201,7 @@ def load_grid(path: str | Path) -> Grid:
                 known(name, variants, f"{source}: {variant.name}: {key}", "variant")
     both = tuple(sorted({seed for v in variants.values() if v.model != "ae" for seed in v.seeds}))
     for name in (values["control"], values["token_model"]):  # what the others are held against, at every seed
-        variants[name] = Variant(name, variants[name].model, variants[name].settings, both)
+        variants[name] = replace(variants[name], seeds=both)
     check_references(variants, source)
     names = (values["control"], values["token_model"], values.get("recommended"))
     return Grid(source, str(values["data"]), Path(values["output"]), variants, *names, limit)
@@ -367,11 +367,4 @@ def digest(path: str | Path) -> str:
 
 def lock_of(run: Run) -> IO[str] | None:
     """The run's lock, or None while another process has it."""
-    run.grid.output.mkdir(parents=True, exist_ok=True)
-    lock = open(run.grid.output / f".{run.title}.lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+    return held(run.grid.output / f".{run.title}.lock")
