@@ -64,9 +64,10 @@ PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", "class Node:\n    def __i
 def finish(result: dict[str, Any], output: str | None) -> None:
     """The last line of what is printed, JSON, and the same in the file that was asked for."""
     line = json.dumps(result)
+    print(line)  # first: writing may fail
     if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(line + "\n", encoding="utf-8")
-    print(line)
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,17 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     new = {b: min(args.max_new_tokens, max(32, 2048 // b)) for b in args.batch}
     most = max(race.positions_for(prompt, new[batch], 8) for prompt, batch in cells)
     pair = make_pair(args, device, most + 1)
-    if min(new.values()) <= pair.student.cfg.k:
-        raise UserError(f"--max_new_tokens: expected more than a chunk of {pair.student.cfg.k}, got {args.max_new_tokens}")
+    k = pair.student.cfg.k
+    new = {b: n // k * k for b, n in new.items()}  # whole chunks: the last one takes as long whatever is asked of it
+    if min(new.values()) <= k:
+        raise UserError(f"--max_new_tokens: expected at least two chunks of {k}, got {args.max_new_tokens}")
     speeds, where = race.bandwidth(device), environment()
     about = {"bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank, "environment": where}
     folder = Path(args.output or "runs/race/race.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for prompt, batch in cells:
-        if race.positions_for(prompt, new[batch], pair.student.cfg.k) > pair.student.cfg.seq_len:
+        if race.positions_for(prompt, new[batch], k) > pair.student.cfg.seq_len:
             race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
             continue
         rows += race_cell(args, pair, dtype, prompt, batch, new[batch], speeds)
@@ -288,13 +291,18 @@ def vocabulary_of(racer: Any) -> Vocabulary | None:
 
 
 def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, new: int) -> float | None:
-    """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out."""
+    """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out, and where
+    the process fails, for want of memory say: the cell's rates are measured by then."""
     first = (prompt, batch) == (args.prompt_tokens[0], args.batch[0])
     if args.memory == "none" or (args.memory == "first" and not first):
         return None
     flags = {"scale": args.scale, "student": args.student, "baseline": args.baseline, "device": args.device}
     flags |= {"batch": batch, "prompt_tokens": prompt, "max_new_tokens": new, "rank": args.rank, "words": args.words}
-    return peak_in_child(name, ["--race", *(["--int8"] if args.int8 else [])], flags)
+    try:
+        return peak_in_child(name, ["--race", *(["--int8"] if args.int8 else [])], flags)
+    except UserError as error:
+        race.say(str(error))
+        return None
 
 
 def peak_in_child(name: str, mode: Sequence[str], flags: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from student.sampler import SamplingParams, load_sampler
 def standard_input() -> str:
     """All of it, as UTF-8 whatever the locale. Raises UserError for what is not."""
     try:
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="").read()
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt -: expected UTF-8 on standard input, got byte {error.object[error.start]:#04x}; convert it, for example "
@@ -67,11 +67,13 @@ def main() -> None:
     if args.compile:
         wants_compile(True, device)
         sampler = FastSampler(sampler.model, sampler.tokenizer, words=args.words, rank=args.rank, int8=args.int8)
-        sampler.warm_up([params])
     prompt = sampler.tokenizer.encode(text)
     if args.truncate_prompt and len(prompt) > (room := sampler.room(params.max_new_tokens)) > 0:
         print(f"the prompt's last {room} of {len(prompt)} tokens are used", file=sys.stderr)
         prompt = prompt[-room:]
+    if isinstance(sampler, FastSampler):
+        sampler.check(prompt, params.max_new_tokens)  # before the minute or two that compiling takes
+        sampler.warm_up([params])
     if args.echo:
         print(sampler.tokenizer.decode(prompt), end="", flush=True)
     start = time.perf_counter()

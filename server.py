@@ -41,7 +41,7 @@ from student.batching import Batcher
 from student.fast import FastSampler
 from student.sampler import load_sampler
 from web import protocol as api
-from web.guard import Guard, error_content, json_answer, request_id
+from web.guard import Guard, dumped, error_content, json_answer, request_id
 from web.metrics import Metrics
 from web.protocol import Refused
 from web.service import Ask, Service
@@ -207,10 +207,11 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
 
         def answer() -> Response:
             rows = zip(ask.jobs, ask.texts, scores, strict=True)
-            choices = [service.choice(job, text, scored, body) for job, text, scored in rows]
-            return json_answer({**head, "choices": choices, "usage": ask.usage})
+            # one by one: while json works, no other thread does, and thousands of scores are megabytes
+            choices = ",".join([dumped(service.choice(job, text, scored, body)) for job, text, scored in rows])
+            return json_answer(f'{dumped(head)[:-1]},"choices":[{choices}],"usage":{dumped(ask.usage)}}}')
 
-        return await asyncio.to_thread(answer) if any(scores) else answer()  # thousands of scores are megabytes of JSON
+        return await asyncio.to_thread(answer) if any(scores) else answer()
 
     @app.post("/v1/completions", response_model=api.Completion, responses=STREAMED, dependencies=locked)
     async def completions(request: Request, body: api.CompletionRequest) -> Response:
@@ -244,7 +245,11 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = max(error.errors(), key=lambda one: len(one["loc"]))  # where there are alternatives, what came closest to fit
+        if isinstance(error.body, bytes):
+            message = "the body is not declared as JSON: send the header Content-Type: application/json"
+            return json_answer(error_content(415, message, request_id(request)), 415)
+        # where there are alternatives, what came closest to fit
+        found = max(error.errors(), key=lambda one: (one["type"] == "too_long", len(one["loc"])))
         if found["type"] == "json_invalid":
             return json_answer(error_content(400, "the body is not JSON", request_id(request)), 400)
         field = str(found["loc"][1]) if len(found["loc"]) > 1 else None
@@ -279,7 +284,7 @@ def start(cfg: ServeConfig) -> FastAPI:
         "%s from %s: context %d, %d slots, %s on %s, %d threads", service.name, cfg.student_ckpt, service.context, cfg.slots,
         sampler.model.table.dtype, sampler.never.device, threads,
     )  # fmt: skip
-    return make_app(service, metrics, os.environ.get(KEY) or None)
+    return make_app(service, metrics, os.environ.get(KEY, "").strip() or None)
 
 
 def __getattr__(name: str) -> Any:

@@ -54,13 +54,13 @@ class Draws:
         return cls(ones, ones.clone(), torch.zeros(rows, dtype=torch.long, device=device))
 
     def set(self, row: int | slice, params: SamplingParams) -> None:
-        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.temperature[row], self.top_k[row] = 0.0 if params.greedy else params.temperature, params.top_k
         self.top_p[row] = max(SMALLEST, params.top_p)
 
 
 def filters_of(params: Sequence[SamplingParams]) -> tuple[bool, bool]:
     """Whether any row filters by (top_p, top_k)."""
-    drawn = [p for p in params if p.temperature > 0]
+    drawn = [p for p in params if not p.greedy]
     return any(p.top_p < 1 for p in drawn), any(p.top_k > 0 for p in drawn)
 
 

@@ -53,6 +53,11 @@ class SamplingParams:
             if not good:
                 raise UserError(f"{name}: expected {wanted}, got {value!r}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken, of equal ones the first."""
+        return self.temperature == 0 or self.top_k == 1
+
     def for_row(self, i: int) -> SamplingParams:
         """What row i of a batch uses: its own seed."""
         return replace(self, seed=self.seed + i)

@@ -182,7 +182,8 @@ def main(
             command += ["--scale", scale, "--repeats", str(repeats)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"timing {model}, {VARIANTS[index]} failed: {done.stderr.strip().splitlines()[-1]}")
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise UserError(f"timing {model}, {VARIANTS[index]} failed: {said[-1]}")
             row = json.loads(done.stdout.splitlines()[-1])
             plain = plain or row["tokens_per_s"]
             row["ratio_to_plain"] = row["tokens_per_s"] / plain
@@ -196,6 +197,7 @@ def main(
     ratio = student_to_token(rows)
     print(f"student / token_model seconds a step at equal tokens: {ratio:.2f}")
     line = json.dumps({"scale": scale, "rows": rows, "student_to_token_model": ratio, "environment": environment()})
+    print(line)  # first: writing may fail
     if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(line + "\n", encoding="utf-8")
-    print(line)

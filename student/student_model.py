@@ -11,7 +11,7 @@
     logits        (g_t + u_t) . embedding
 
 so p(x_t | x_<t) is exact: it depends on all earlier chunks through z^ and on the last tokens through the local decoder,
-whose memory, where it has one, sees the tokens of all earlier chunks but the last, too.
+whose memory, where it has one, sees the tokens of all earlier chunks but the last (for K < 3: the last few), too.
 
 Legend: `B` batch, `L` chunks, `K` tokens a chunk, `T` = L * K, `D` latent width, `E` embedding width, `H` hidden width,
 `V` vocabulary, `n` tokens that the local decoder reads at once.

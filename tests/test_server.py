@@ -379,7 +379,7 @@ def test_a_failure_of_the_server_itself(tokenizer: TokenizerAdapter, caplog: pyt
 
 
 def test_the_key(tokenizer: TokenizerAdapter) -> None:
-    it = serve(tokenizer, key="sécret")
+    it = serve(tokenizer, key="sécretà")
     with TestClient(it.app) as client:
         for path in ("/", "/health", "/ready", "/openapi.json"):
             assert client.get(path).status_code == 200
@@ -392,7 +392,8 @@ def test_the_key(tokenizer: TokenizerAdapter) -> None:
             answer = client.get("/v1/models", headers=given)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert answer.json()["error"]["code"] == "invalid_api_key"
-        assert client.get("/v1/models", headers={"Authorization": "bearer sécret".encode()}).status_code == 200
+        for given in ("bearer s\xe9cret\xe0", "Bearer  s\xe9cret\xe0\t"):
+            assert client.get("/v1/models", headers={"Authorization": given.encode()}).status_code == 200
 
 
 # ------------------------------------------------------------------------------------------------ the smaller paths

@@ -113,6 +113,44 @@ def test_the_load_test_sees_a_health_that_fails() -> None:
     assert 0.3 < seconds < 10
 
 
+def test_the_load_test_does_not_wait_beyond_its_phase() -> None:
+    """A refused client would, as long as it is told to, and the rate would be of that time."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 429, headers={"Retry-After": "60"})
+
+    async def run() -> load_test.Tally:
+        async with httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(respond)) as client:
+            return await load_test.phase(client, 2, 0.2, 0, [{}], ["a"])
+
+    tally = asyncio.run(run())
+    assert tally.refused >= 2 and tally.seconds < 20
+
+
+def test_the_load_test_keeps_its_figures_when_the_server_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = False
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if gone:
+            raise httpx.ConnectError("refused")
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text="process_resident_memory_bytes 1e6\n")
+        return httpx.Response(200, text='event: chunk\ndata: {"text": "a", "token_ids": [1]}\n\nevent: done\ndata: {}\n\n')
+
+    async def phase(*_: Any) -> load_test.Tally:
+        nonlocal gone
+        gone = len(said) == 1
+        said.append(0)
+        return load_test.Tally(1, seconds=1.0)
+
+    said: list[int] = []
+    client = partial(httpx.AsyncClient, transport=httpx.MockTransport(respond))
+    monkeypatch.setattr(load_test.httpx, "AsyncClient", client)
+    monkeypatch.setattr(load_test, "phase", phase)
+    result = asyncio.run(load_test.load("http://fake", [1, 1, 1], 1, 0, 8))
+    assert len(result["phases"]) == 2 and result["memory_mb"] == [1, 1] and result["left"] is None
+
+
 def test_the_load_test_does_not_read_an_error_as_no_memory() -> None:
     async def run() -> None:
         transport = httpx.MockTransport(lambda _: httpx.Response(500))
@@ -221,6 +259,30 @@ def test_a_body_that_does_not_come(served: Served, monkeypatch: pytest.MonkeyPat
     ):
         client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
         assert client.recv(1000).split(b"\r\n")[0].split()[1] == b"408"
+
+
+def test_a_client_that_leaves_within_its_body_is_no_bad_request(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "latentforge.server")
+    with listening(served.app) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as client:
+            client.sendall(
+                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
+        wait_for(lambda: "/generate" in caplog.text)
+    assert "POST /generate 499" in caplog.text
+
+
+def test_a_body_that_is_not_declared_as_json(served: Served) -> None:
+    with TestClient(served.app) as client:
+        answer = client.post("/generate", content=b'{"prompt": "x"}')
+    assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_more_prompts_than_anybody_answers_are_refused_at_a_glance(served: Served) -> None:
+    with TestClient(served.app) as client:
+        for prompts in ([[1]] * 2000, ["a"] * 2000):
+            answer = client.post("/v1/completions", json={"prompt": prompts})
+            assert answer.status_code == 422 and "at most 1024 items" in answer.json()["error"]["message"]
 
 
 @pytest.mark.usefixtures("endless")

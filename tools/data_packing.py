@@ -188,7 +188,8 @@ class Corpus:
                 if not empty and text.strip():  # a part of the file is packed: what stands before this block is, too
                     yield Document(text, f"{path}:{line}")
                     line += text.count("\n")
-                return self.problems.add(problem, f"{path}:{line}", "" if empty else "left out from here on")
+                place = str(path) if empty and problem == "binary file" else f"{path}:{line}"
+                return self.problems.add(problem, place, "" if empty else "left out from here on")
             while len(text) > self._text_limit or (text and not block):
                 end = cut_point(text, 0, self._text_limit)
                 if text[:end].strip():

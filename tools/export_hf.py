@@ -30,6 +30,7 @@ from configs.run import load_checkpoint
 from student.baseline import load_token_model
 from student.hf_config import LatentForgeConfig
 from student.hf_model import LatentForgeForCausalLM
+from student.local_decoder import lag
 from student.sampler import Sampler, SamplingParams, checkpoint_tokenizer, load_sampler
 from tools.bundle import ROOT, bundle
 
@@ -131,7 +132,8 @@ def model_card(
     backbone = f"{cfg.num_layers} layers of width {cfg.hidden_dim} (Qwen3), one position a chunk"
     local = f"{cfg.local_layers} layer{'s' * (cfg.local_layers > 1)} of width {cfg.embed_dim}, window of {cfg.window} tokens"
     local += f", reads the last {cfg.local_tokens} tokens at each step" if cfg.local_tokens > 1 else ""
-    local += ", memory of all chunks but the last" if cfg.local_memory else ""
+    left_out = "the last" if lag(cfg.k) == 1 else f"the last {lag(cfg.k)}"
+    local += f", memory of all chunks but {left_out}" if cfg.local_memory else ""
     facts = [
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("K, tokens a step", str(cfg.k)),

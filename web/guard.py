@@ -24,9 +24,14 @@ POLLED = frozenset({"/health", "/ready", "/metrics"})
 BODY_SECONDS = 30.0  # that a client may take to send its body
 
 
-def json_answer(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def dumped(content: Mapping[str, Any]) -> str:
     """ASCII JSON, so that no text can break it."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def json_answer(content: Mapping[str, Any] | str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """content: what is to be dumped, or was."""
+    text = content if isinstance(content, str) else dumped(content)
     return Response(text, status, headers=dict(headers or {}), media_type="application/json")
 
 
@@ -88,7 +93,7 @@ class Guard:
         headers = Headers(scope=scope)
         if self.key is not None and scope["path"] not in OPEN_PATHS:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip(" \t").encode("latin-1"), self.key.encode()):
                 message = "a bearer key is needed: Authorization: Bearer KEY"
                 content = error_content(401, message, name, code="invalid_api_key")
                 return json_answer(content, 401, {"WWW-Authenticate": "Bearer"})
@@ -113,6 +118,8 @@ class Guard:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"the body did not come within {BODY_SECONDS:.0f} s") from None
+            if message["type"] == "http.disconnect":
+                raise HTTPException(499, "the client went away")
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if size > self.max_body:

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1, le=LARGEST_ID), WHOLE]
 Few = Annotated[int, Field(ge=1, le=128), WHOLE]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+PROMPTS = Field(min_length=1, max_length=1024, fail_fast=True)  # far more than are answered at once, and quickly looked at
 MANY = Field(min_length=1, fail_fast=True)  # lists: else each of a million wrong elements is an error of its own to collect
 Nothing = Annotated[float | None, Field(ge=0, le=0)]
 NoList = Annotated[list[Any], Field(max_length=0)] | None
@@ -100,10 +101,11 @@ class OpenAIRequest(Sampling):
     stop_token_ids: NoList = Field(None, description="not supported: only []")
 
 
+Ids = Annotated[list[Count], MANY]
+
+
 class CompletionRequest(OpenAIRequest):
-    prompt: (
-        str | Annotated[list[Count], MANY] | Annotated[list[str], MANY] | Annotated[list[Annotated[list[Count], MANY]], MANY]
-    )
+    prompt: str | Ids | Annotated[list[str], PROMPTS] | Annotated[list[Ids], PROMPTS]
     max_tokens: Count | None = Field(16, description="0 only with echo")
     echo: bool | None = False
     logprobs: Count | None = None

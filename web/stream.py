@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from student.batching import Finished, Job
 from student.scoring import Scores
-from web.guard import error_content, log
+from web.guard import dumped, error_content, log
 from web.protocol import OpenAIRequest, Refused
 from web.service import Ask, Service, refusal
 
@@ -69,7 +68,7 @@ async def collect(request: Request, ask: Ask) -> list[Scores | None]:
 
 
 def event(content: Mapping[str, Any], name: str | None = None) -> bytes:
-    return format_sse_event(data_str=json.dumps(content, separators=(",", ":"), allow_nan=False), event=name)
+    return format_sse_event(data_str=dumped(content), event=name)
 
 
 def failure(error: Exception, request_id: str) -> bytes:
