@@ -33,7 +33,7 @@ folder = $(if $(filter $(2),$(notdir $(whole))),$(subst |,$(space),$(dir $(whole
 # A variable left empty leaves the config file's value alone; 0 and no switch off.
 flag = $(if $($(1)),--$(2) $($(1)))
 switch = $(if $(filter-out 0 no false,$($(1))),--$(2))
-TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(call flag,RUN_DIR,run_dir) $(call switch,RESUME,resume) $(ARGS)
+TRAIN_FLAGS = --data "$(DATA)" $(call flag,SEED,seed) $(call flag,EPOCHS,epochs) $(call flag,BATCH_SIZE,batch_size) $(if $(RUN_DIR),--run_dir "$(RUN_DIR)") $(call switch,RESUME,resume) $(ARGS)
 KD_FLAGS = $(call flag,CE_W,ce_w) $(call switch,USE_KD,use_kd) $(call flag,KD_W,kd_w)
 
 override PROMPT := $(value PROMPT)# as it was typed, with any $ in it

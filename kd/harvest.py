@@ -176,7 +176,8 @@ class Harvest:
         plain = await self.client.ask({key: value for key, value in job.body.items() if not key.startswith("return_")})
         if plain.cost:
             self.store.lose(plain.cost)
-        told, sent = (LETTERS.sub("", text) for text in (scored_text(plain.body), tokenizer.decode(job.body["prompt"])))
+        words = tokenizer.decode(i for i in job.body["prompt"] if i not in tokenizer.special_ids)
+        told, sent = (LETTERS.sub("", text) for text in (scored_text(plain.body), words))
         if not told:
             self.log("the server tells no text: not checked that its tokenizer is that of --data")
         elif sent not in told:

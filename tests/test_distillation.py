@@ -96,8 +96,18 @@ def test_two_trainings_started_together_harvest_and_pack_once(
     said = capsys.readouterr().err
     assert said.count("harvesting the rest") == said.count("packing ") == 1
     assert folders == [Path("data/teacher/tiny-packed")] * 2
-    with Store("data/teacher/tiny.sqlite", must_exist=True) as store:
+    path = Path("data/teacher/tiny.sqlite")
+    with Store(path, must_exist=True) as store:
         assert 600 <= store.totals().completion_tokens < 600 + 9 * 32
+        held = list(store)
+    path.unlink()
+    with Store(path) as store:  # another harvest of as many answers is packed anew
+        for row in held:
+            told = {"model": row.model, "template": row.template, "completion_tokens": row.completion_tokens}
+            store.put(row.request, json.dumps(row.answer).encode(), prompt_ids=row.prompt_ids, **told)
+        assert len(store) == len(held)
+    open_teacher(cfg, 32)
+    assert "packing " in capsys.readouterr().err
 
 
 def test_what_the_store_holds_of_other_settings_counts(world: World, at_teacher: Path) -> None:

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.run import wants_compile
 from student.compiled import CompiledStep, keep_for_later
 from student.drawing import Int8, Screen, Vocabulary, draw
-from student.fast import FastSampler, filters_of
+from student.fast import Draws, FastSampler, filters_of
 from student.fast_token import FastTokenModel
 from student.race import linear_scores
 from student.sampler import Sampler, SamplingParams, pick
@@ -232,6 +232,16 @@ def test_rows_have_their_own_parameters() -> None:
     each = [torch.tensor([getattr(p, name) for p in MIXED]) for name in ("temperature", "top_p", "top_k")]
     got = draw(logits, *each, uniform, filters_of(MIXED))
     assert got.tolist() == [pick(row[None], p, u[None]).item() for row, p, u in zip(logits, MIXED, uniform, strict=True)]
+
+
+def test_of_equal_words_the_first_is_the_only_one_kept() -> None:
+    """Logits in bfloat16 are often equal: top_k 1 must not draw among them."""
+    params = [SamplingParams(top_k=1), SamplingParams(temperature=0), SamplingParams(top_k=1, temperature=3.0)]
+    draws, logits = Draws.empty(3, torch.device("cpu")), torch.tensor([[1.0, 5, 5, 0]]).expand(3, -1)
+    for row, own in enumerate(params):
+        draws.set(row, own)
+    told = draws.temperature, draws.top_p, draws.top_k
+    assert draw(logits, *told, torch.full((3,), 0.9), filters_of(params)).tolist() == [1, 1, 1]
 
 
 def test_masked_words_are_never_drawn() -> None:

@@ -170,6 +170,13 @@ def answers(tokenizer: TokenizerAdapter, texts: list[str]) -> list[StoredAnswer]
     return out
 
 
+def test_answers_to_one_prompt_alone_make_no_two_splits(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
+    asked = {"model": "m", "prompt": "the same"}
+    stored = [dataclasses.replace(answer, request=asked) for answer in answers(tokenizer, ["one", "two", "three"])]
+    with pytest.raises(UserError, match=r"3 usable answers leave nothing for train \(all to one prompt, and a prompt"):
+        pack_answers(stored, tokenizer, tmp_path / "kd", k=2)
+
+
 def test_answers_become_two_splits(tmp_path: Path, tokenizer: TokenizerAdapter) -> None:
     texts = [f"def f{i}(): return {i}" for i in range(60)]
     broken = answers(tokenizer, ["abc"])[0]

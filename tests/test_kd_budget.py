@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from conftest import World
-from faulty_server import FaultyServer, good
+from faulty_server import ByteTokenizer, FaultyServer, good
 from test_kd_client import BODY, KEY, LOCAL, PRICED, VENICE, _ignore, call
 from test_kd_faults import config, quiet
 
 from configs.errors import UserError
-from kd.kd_client import Dropped, Stopped, TeacherClient, request_tokens
+from kd.harvest import Harvest
+from kd.kd_client import Answer, Dropped, Stopped, TeacherClient, request_tokens
 from kd.limits import Patience
+from kd.prompts import Job, Prompts
 from kd.settings import Settings
+from kd.store import Store
 
 
 def billed(asked: list[int], prompt_tokens: int) -> Any:
@@ -39,6 +44,36 @@ def test_scoring_ends_where_no_logprobs_come(packed: World, tmp_path: Path) -> N
         with pytest.raises(UserError, match="tells no logprobs of a text that it is given: --mode score needs"):
             quiet(cfg, server.url)
         assert len(server.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ({"text": "<|end|>the cat, 1"}, None),
+        ({"text": "", "logprobs": {"tokens": ["the", " c", "at", ", ", "1"], "token_logprobs": [None, -1, -1, -1, -1]}}, None),
+        ({"text": ""}, None),  # nothing to tell by
+        ({"text": "of another tokenizer"}, "reads the ids of d as other text"),
+    ],
+)
+def test_ids_that_are_other_words_to_the_teacher_are_not_scored(tmp_path: Path, told: Any, problem: str | None) -> None:
+    """vLLM tells no text beside ids, so it is asked once more, without its own fields; the dollars are counted."""
+    bodies: list[Any] = []
+
+    async def ask(body: Any) -> Answer:
+        bodies.append(body)
+        return Answer(b"", {"choices": [told]}, 1, 0, 0.25, 0.0)
+
+    cfg, tokenizer = config(tmp_path, 1, data="d", mode="score"), ByteTokenizer()
+    job = Job({"prompt": [tokenizer.eot_id, *b"the cat, 1"], "echo": True, "return_token_ids": True}, None)
+    with Store(tmp_path / "t.sqlite") as store:
+        client: Any = SimpleNamespace(ask=ask, settings=LOCAL, errors=Counter())
+        work = Harvest(cfg, client, store, Prompts(config(tmp_path, 1), LOCAL, None), log=lambda line: None)
+        if problem is None:
+            asyncio.run(work._check_words(job, tokenizer))
+        else:
+            with pytest.raises(UserError, match=problem):
+                asyncio.run(work._check_words(job, tokenizer))
+        assert "return_token_ids" not in bodies[0] and bodies[0]["echo"] and store.totals().cost == 0.25
 
 
 def test_answers_that_are_mostly_of_no_use_stop_the_run(tmp_path: Path) -> None:

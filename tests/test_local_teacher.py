@@ -101,6 +101,11 @@ def test_echo_scores_a_text(teacher: Teacher, ask: Ask) -> None:
     told, expected = choice["logprobs"], forward(teacher, ids)[:-1]
     assert (choice["text"], choice["token_ids"]) == (f" {START} little girl named Lily.", [])
     assert (told["token_ids"], told["token_logprobs"][0], told["top_token_ids"][0]) == (ids, None, None)
+    begun = ask(prompt=[teacher.text.tokenizer.bos_token_id, *ids], max_tokens=0, echo=True, logprobs=0)
+    for shown in (choice, begun):  # the text has no special tokens
+        words = [w for w in shown["logprobs"]["tokens"] if w != teacher.text.tokenizer.bos_token]
+        places = shown["logprobs"]["text_offset"][-len(words) :]
+        assert all(shown["text"][at:].startswith(word) for at, word in zip(places, words, strict=True))
     torch.testing.assert_close(
         torch.tensor(told["token_logprobs"][1:]), expected[range(len(ids) - 1), ids[1:]], atol=1e-4, rtol=0
     )
