@@ -64,7 +64,7 @@ KINDS = ("logprobs", "sequence")
 PACKING = 4  # version of how answers become documents and splits
 FILES = ("tokens.bin", "docs.bin", "cuts.bin", "top_ids.bin", "top_logprobs.bin")
 DEFAULT_K = 20
-WHOLE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of answers that broke off nowhere
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")  # finish reasons of what did not break off
 
 
 class PackingTokenizer(TokenizerLike, Protocol):
@@ -206,7 +206,7 @@ def document(
     top_ids = np.pad(record.top_ids.astype(np.int64), rows, constant_values=MISSING)
     top_logprobs = np.pad(record.top_logprobs, rows, constant_values=np.nan)
     first = int(len(ids) > 1 and ids[0] in (eot_id, start_id))
-    cut = bool(below) and (record.source == "score" or record.finish_reason not in WHOLE)
+    cut = bool(below) and (record.source == "score" or str(record.finish_reason or "stop").lower() not in WHOLE)
     return np.append(ids, [eot_id] * below)[first:], top_ids[first:], top_logprobs[first:], cut
 
 

@@ -141,7 +141,7 @@ def test_documents() -> None:
     assert ids.tolist() == [6, 1]
     assert top_ids.tolist() == [[6], [1]]
     answer = record([1, 5], [6, 7], *tops([6, 8], [7, 9]))
-    reasons = {"length": True, "max_tokens": True, "abort": True, "stop": False, "eos_token": False, None: False}
+    reasons = {"length": True, "max_tokens": True, "abort": True, "stop": False, "STOP": False, "eos_token": False, None: False}
     assert {r: document(dataclasses.replace(answer, finish_reason=r), 1)[3] for r in reasons} == reasons
     assert document(dataclasses.replace(answer, source="score"), 1)[3]
 
