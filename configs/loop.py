@@ -209,6 +209,7 @@ def fit(
                     "--run_dir"
                 )
             locks.enter_context(lock)
+            locks.callback(path.unlink, missing_ok=True)
         return _fit(name, model, cfg, setup, total, tokens_per_step, batch_at, loss_of, validate, content)
 
 

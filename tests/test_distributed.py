@@ -152,7 +152,7 @@ def test_only_the_first_process_speaks_and_writes(runs: Path) -> None:
     for name in ("student-2x2", "student-fsdp"):
         found = {path.name for path in (runs / name / "checkpoints").iterdir() if not path.name.startswith("tokenizer")}
         own = {"student.shards"} if name == "student-fsdp" else {"student.state.pt", "student.state.prev.pt"}
-        assert found == {"student.pt", *own}
+        assert found == {"student.pt", ".student.begun", *own}
 
 
 def test_a_sharded_model_is_one_file_in_the_end(runs: Path) -> None:

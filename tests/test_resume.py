@@ -125,7 +125,7 @@ def test_two_trainings_do_not_write_into_one_folder(world: World, tmp_path: Path
         assert lock is not None and run_script(train_ae, *flags) == 2
         assert f"another training writes to {tmp_path / folder}" in capsys.readouterr().err
         lock.close()
-    assert run_script(train_ae, *flags) == 0
+    assert run_script(train_ae, *flags) == 0 and not list(tmp_path.glob("*/.*"))
 
 
 def test_what_torchrun_restarts_goes_on_from_its_own_save_alone(
