@@ -399,3 +399,43 @@ def test_prose_around_a_section_survives(tmp_path: Path) -> None:
     path.write_text(page.replace("<!-- end of ablate a -->", ""))
     with pytest.raises(UserError, match="only one of the two markers"):
         write_section(path, "a", "four")
+
+
+def test_each_figure_stands_under_its_head() -> None:
+    told = {
+        "bits_per_byte": 1.5,
+        "brier_lm": 20.0,
+        "brier_lm_all": 30.0,
+        "brier_windows": 64,
+        "latent_swap_cost": 0.25,
+        "nll_far_copy": 2.125,
+        "kl_to_teacher": 0.0625,
+        "backbone_steps_per_token": 0.125,
+        "training_tokens": 5e6,
+        "train_flops": 4e15,
+        "inherited_flops": 6e15,
+        "train_seconds": 70.0,
+        "k": 8,
+        "environment": dict.fromkeys(("gpu", "processor", "torch", "commit")),
+    }
+    rows = [row("s", 3.4) | told, row("c", 3.5) | told, row("t", 3.3, model="token_model") | told | {"bits_per_byte": 1.25}]
+    entries = summary(rows, {"control": "c", "token_model": "t", "recommended": None}, {}, {})
+    lines = section("g", "g.yaml", rows, [e for e in entries if e["name"] == "s"], [], []).splitlines()
+    head, _, cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines if line.startswith("|")][:3]
+    assert dict(zip(head, cells, strict=True)) == {
+        "variant": "s",
+        "seeds": "1",
+        "NLL, nats/token": "3.4000",
+        "bits per byte": "1.5000",
+        "to token model": "1.200",
+        "latent gain share": "0.50",
+        "other latents cost": "0.250",
+        "far words, nats": "2.125",
+        "KL to teacher": "0.0625",
+        "BrierLM, chunk start": "20.00",
+        "BrierLM, all": "30.00",
+        "backbone steps a token": "0.125",
+        "training tokens, M": "5.00",
+        "training PFLOPs": "4 + 6",
+        "training s (threads)": "70 (1)",
+    }

@@ -330,3 +330,7 @@ def test_training_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert row["variant"] == "fp32 eager" and row["tokens_per_s"] > 0
     assert run_script(bench, "--train", "--variant", "nothing:0") == 2
     assert "--variant nothing:0: expected MODEL:INDEX" in capsys.readouterr().err
+
+
+def test_the_first_delivery_is_not_timed() -> None:
+    assert race.Lap(1.0, 3.0, 8, 40, 5).tokens_per_s(2) == 2 * 32 / 2

@@ -153,3 +153,9 @@ def test_the_tokenizer_travels_with_the_checkpoint(
     assert TokenizerAdapter.load(tmp_path / "ck" / record["path"]).fingerprint == record["fingerprint"]
     names = {path.name for path in (tmp_path / "ck" / record["path"]).iterdir()}
     assert names <= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # what is a tokenizer's, no more
+
+
+def test_every_epoch_has_an_order_of_its_own(data: PackedData) -> None:
+    windows = TrainWindows(data, 8, 2, seed=3)
+    starts = [[s for i in range(5) for s in windows.starts(5 * epoch + i)] for epoch in range(4)]
+    assert len({min(x) for x in starts}) > 1 and len({tuple(s - min(x) for s in x) for x in starts}) == 4

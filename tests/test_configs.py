@@ -9,7 +9,7 @@ import pytest
 
 from ae import train_ae
 from configs.errors import UserError
-from configs.loop import learning_rate
+from configs.loop import learning_rate, total_steps
 from configs.run import asked_threads
 from configs.schema import AETrainConfig, LMTrainConfig, StudentTrainConfig, TrainConfig, config_from, parse_config, read_yaml
 from kd.harvest import HarvestConfig
@@ -146,3 +146,7 @@ def test_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             asked_threads(5)
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert asked_threads(5) == 5
+
+
+def test_steps_of_so_many_epochs() -> None:
+    assert (total_steps(TrainConfig(epochs=0.5, max_steps=0), 5), total_steps(TrainConfig(epochs=2, max_steps=0), 5)) == (3, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from ae.tokenizer_adapter import TokenizerAdapter
 from configs.errors import UserError
 from kd.kd_batcher import KDWriter
 from student import train_student
-from student.brier import collisions
+from student.brier import brier_lm, collisions, ngram_probabilities
 from student.losses import student_energy_loss
 from student.student_model import load_student
 from tools import evaluate
@@ -210,3 +211,32 @@ def test_the_table_shows_them(world: World, capsys: pytest.CaptureFixture[str], 
     assert "NLL at document's token 16-31" in out and "KL to the teacher" not in out
     figures = json.loads((tmp_path / "e.json").read_text())["student"]
     assert figures["tokens"] == 20 * 24 == sum(figures["tokens_by_seen"].values()) and "kl_to_teacher" not in figures
+
+
+def test_the_figures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On three windows of 64 tokens; no n-grams drawn, so that Brier-n is 2 p."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(6, 300, 200)
+    ids[10::30] = 5  # a word, 30 tokens apart: in the three windows it repeats itself from far away 4 times
+    data = split(tmp_path / "s", ids.tolist())
+    lengths = rng.integers(0, 6, 320)
+    tokenizer = SimpleNamespace(
+        byte_lengths=lengths, size=320, model_vocab_size=320, token_bytes=lambda i: b"word" if i == 5 else b"."
+    )
+    monkeypatch.setattr(evaluate, "collisions", lambda model, tokens, starts: torch.zeros(4, len(tokens), len(starts)))
+    monkeypatch.setattr(evaluate, "has_fast_bf16", lambda device: False)
+    model = make_student()
+    found = evaluate.evaluate({"m": model}, data, tokenizer, None, torch.device("cpu"), 8)["m"]
+    windows = torch.from_numpy(data.tokens[:192].astype(int)).view(3, 64)
+    with torch.no_grad():
+        nll, swapped = model.nll(windows, 8), model.nll(windows, 8, latents_of=windows.roll(-1, 0))
+        right = (model.hidden(windows) @ model.table.T).argmax(-1)[:, 8:] == windows[:, 8:]
+    assert found["nats_per_token"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nll.sum().item() / math.log(2) / lengths[windows[:, 8:]].sum(), rel=1e-5)
+    assert found["latent_swap_cost"] == pytest.approx((swapped - nll).mean().item(), rel=1e-3)
+    assert found["accuracy"] == pytest.approx(right.float().mean().item())
+    p, zero = ngram_probabilities(nll), torch.zeros(4)
+    assert found["brier_lm_all"] == pytest.approx(brier_lm(p.mean((1, 2)), zero), rel=1e-4)
+    assert found["brier_lm"] == pytest.approx(brier_lm(p[..., ::4].mean((1, 2)), zero), rel=1e-4)
+    far = [nll[at // 64, at % 64 - 8].item() for at in (40, 100, 160, 190)]
+    assert (found["far_copy_tokens"], found["nll_far_copy"]) == (4, pytest.approx(np.mean(far), rel=1e-5))

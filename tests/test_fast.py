@@ -454,3 +454,25 @@ def test_compiled_steps_are_kept_at_home(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", "/dev/null")
     with pytest.raises(UserError, match="set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"):
         keep_for_later()
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_prompt_of_many_blocks(k: int) -> None:
+    model = make_student(seq_len=160 // k, k=k, local_memory=True)
+    prompts = [torch.randint(2, 300, (100,)).tolist(), [20, 21]]
+    assert fast(model, slots=2).generate(prompts, GREEDY) == eager(model).generate(prompts, GREEDY)
+
+
+def test_a_long_tail_is_drawn_from() -> None:
+    logits, one = torch.full((1, 1 << 17), -13.0), torch.ones(1)
+    logits[0, 7] = 0.0  # 0.77 of the distribution; the rest is spread over 131,071 words
+    assert draw(logits, one, one, torch.zeros(1, dtype=torch.long), 0.9 * one, (False, False)).item() > 7
+
+
+def test_thresholds_are_as_fine_as_they_say() -> None:
+    logits, ones = -1e-3 * torch.arange(50.0), torch.ones(400)
+    uniform = (torch.arange(400) + 0.5) / 400
+    kept = draw(logits.expand(400, -1), ones, ones, torch.full((400,), 20), uniform, (False, True))
+    assert set(kept.tolist()) == set(range(20))
+    kept = draw(logits.expand(400, -1), ones, 0.4 * ones, torch.zeros(400, dtype=torch.long), uniform, (True, False))
+    assert set(kept.tolist()) == set(range(20))

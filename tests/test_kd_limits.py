@@ -11,7 +11,7 @@ from faulty_server import good
 from test_kd_client import BODY, QUICK, call, replies
 
 from kd.kd_client import TeacherClient
-from kd.limits import Gate, reset_s, retry_after_s
+from kd.limits import Gate, Patience, reset_s, retry_after_s
 
 
 @pytest.fixture
@@ -61,3 +61,11 @@ def test_limits_space_requests() -> None:
 
     call(replies(httpx.Response(200, json=good())), three, rpm=300)
     assert time.monotonic() - start >= 0.4
+
+
+def test_a_shorter_pause_does_not_end_a_longer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.limits.time", SimpleNamespace(monotonic=lambda: 1000.0, time=lambda: 1.75e9))
+    gate = Gate(None, None, Patience())
+    gate.pause(300)
+    gate.pause(1)  # of another worker, which was told less
+    assert gate.wait_s() == 300 and reset_s("1h0m0s") == 3600 and reset_s("1d") == 86400

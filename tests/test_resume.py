@@ -403,3 +403,43 @@ def test_interrupt_saves_and_the_printed_command_goes_on(world: World, tmp_path:
     assert run_script(train_ae, *world.train_flags(tmp_path / "whole"), *flags_of("ae", world), "--max_steps", steps) == 0
     one, two = weights(tmp_path / "cut", "ae"), weights(tmp_path / "whole", "ae")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_decays_and_at_what_rate() -> None:
+    model = make_student(local_memory=True)
+    for choice in ("adamw", "muon", "muon_all"):
+        made = optimizers(model, StudentTrainConfig(optimizer=choice, table_lr=5.0, weight_decay=0.1))
+        decay = {id(p): group["weight_decay"] for x in made for group in x.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            expected = 0.1 / 5 if p is model.table else 0.1 if p.ndim > 1 else 0.0
+            assert decay[id(p)] == pytest.approx(expected), name
+
+
+def test_every_group_has_its_rate_and_gradients_are_clipped(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, norms = [], []
+
+    def kept(*args: Any) -> Any:
+        made.extend(optimizers(*args))
+        for x in made:
+            x.register_step_pre_hook(
+                lambda x, *_: norms.append(sum(p.grad.square().sum() for g in x.param_groups for p in g["params"]))
+            )
+        return made
+
+    monkeypatch.setattr(loop, "optimizers", kept)
+    flags = [
+        *world.train_flags(tmp_path),
+        *flags_of("token_model", world),
+        "--optimizer",
+        "muon",
+        "--table_lr",
+        5,
+        "--lr",
+        0.01,
+    ]
+    assert run_script(baseline, *flags, "--max_steps", 3, "--warmup_steps", 0, "--lr_decay", 1.0, "--grad_clip", 0.01) == 0
+    rates = [group["lr"] for x in made for group in x.param_groups]
+    assert rates == pytest.approx([0.01 / 3, 0.01 / 3, 0.05 / 3])
+    assert (norms[0] + norms[1]).sqrt().item() == pytest.approx(0.01, rel=1e-3)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ae, make_student, make_token_model, student_config
+from conftest import SMALL_LM, World, make_ae, make_student, make_token_model, run_script, student_config
 
+from ae.ae_model import load_ae
 from ae.losses import _WeightedNLL
 from configs.errors import UserError
 from configs.schema import config_from
+from student import train_student
 from student.energy import EnergyHead, energy_loss, sharpened
 from student.losses import student_energy_loss, student_loss
 from student.student_model import Student, StudentConfig
@@ -294,3 +297,35 @@ def test_the_bypass_tells_each_position_of_a_chunk_something_else() -> None:
     more = g - model.ae.decode(z_hat)  # (3, 5, K, E)
     expected = torch.stack([h @ model.bypass.weight[j * 16 : (j + 1) * 16].T for j in range(4)], dim=2)
     assert torch.allclose(more, expected, atol=1e-5) and more.std() > 0.1
+
+
+def test_an_untrained_student_predicts_the_origin() -> None:
+    model = Student(student_config())
+    assert not model.predict(torch.randint(320, (2, 16)))[0].any()
+
+
+def test_a_checkpoint_means_what_it_meant() -> None:
+    """Else a change that all paths share would make nonsense of every checkpoint, and no other test would see it."""
+    model = make_student(local_memory=True, latent_bypass=True, local_qk_norm=True, local_tokens=2)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(
+                torch.sin(torch.arange(p.numel()) * 0.7 + i).view(p.shape) * (1.0 if p.ndim == 1 else 2 * p.shape[-1] ** -0.5)
+            )
+        found = model.nll(torch.arange(2, 66).view(1, 64) * 37 % 300, 60)[0]
+    assert found.tolist() == pytest.approx([6.58031, 6.44720, 6.79481, 7.68772], abs=2e-4)
+
+
+def test_what_the_student_trains_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = load_ae(world.ae)[0].state_dict()
+
+    def watched(model: Any, ae: Any, tokens: Any, pads: Any, **weights: Any) -> Any:
+        assert all(torch.equal(value, frozen[key]) for key, value in model.ae.state_dict().items())
+        assert (pads > 0).all() and (weights["ce_w"], weights["mse_w"], weights["base_w"]) == (0.5, 0.25, 0.125)
+        seen.append(1)
+        return student_loss(model, ae, tokens, pads, **weights)
+
+    seen: list[int] = []
+    monkeypatch.setattr(train_student, "student_loss", watched)
+    flags = [*world.train_flags(tmp_path), *SMALL_LM, "--ae_ckpt", world.ae, "--max_steps", 1, "--pad_share", 1, "--no-compile"]
+    assert run_script(train_student, *flags, "--ce_w", 0.5, "--mse_w", 0.25, "--base_w", 0.125) == 0 and seen
