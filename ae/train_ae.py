@@ -47,9 +47,8 @@ def reconstruction(
     for chunks in data.batches(model.cfg.k, batch, limit):
         chunks = chunks.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            mean, log_std = model.encode(chunks)
+            mean, log_std = model.posterior(chunks)
             right = [model.logits(model.decode(z)).argmax(-1) == chunks for z in (mean, mean + NOISE * torch.randn_like(mean))]
-        mean, log_std = mean.float(), log_std.float().clamp(-6, 2)
         exact += torch.stack([c for r in right for c in (r.all(-1).sum(), r.sum())]).cpu()
         moments += torch.stack([mean.sum(0), mean.square().sum(0)]).double().cpu()
         std += log_std.exp().mean().item() * len(chunks)
