@@ -227,25 +227,27 @@ def _fit(
     state_path, shards = folder / f"{name}.state.pt", folder / f"{name}.shards"
     if here.first:
         remove_temporaries(folder, name)
-    begun = folder / f".{name}.begun"  # by which torchrun: what it restarts must not go on from another training's save
-    if here.first and not cfg.resume and not (here.restarts and begun.is_file() and begun.read_text() == started_by()):
-        set_aside(shards)
-        set_state_aside(state_path)
-        if "RANK" in os.environ:
-            begun.write_text(started_by())
-    replicas.any(0)  # the others look only now
-    if replicas.sharded:
-        place, saved = shards, [save for save in whole_saves(shards) if not save.name.startswith(OLD)]
-    else:
-        place, saved = state_path, saved_states(state_path)
-    if replicas.any(int(bool(saved))) > -replicas.any(-int(bool(saved))):
-        raise UserError(
-            f"the save in {folder} is not there for every process: --checkpoint_dir must be one folder for all machines"
-        )
+    begun, place = folder / f".{name}.begun", shards if replicas.sharded else state_path
+
+    def own_saves() -> list[Path]:
+        """This training's, newest first; the first process puts another one's aside, for torchrun's restarts, too."""
+        goes_on = cfg.resume or (here.restarts and begun.is_file() and begun.read_text() == started_by())
+        if here.first and not goes_on:
+            set_aside(shards)
+            set_state_aside(state_path)
+            if "RANK" in os.environ:
+                begun.write_text(started_by())
+        if replicas.sharded:
+            return [save for save in whole_saves(shards) if not save.name.startswith(OLD)]
+        return saved_states(state_path)
+
+    saved = replicas.in_turn(own_saves)
+    if not replicas.agree(int(bool(saved))):
+        raise UserError(f"not every process finds the save in {folder}: it must be one folder for all machines")
     if cfg.resume or (here.restarts and saved):
         state = replicas.in_turn(_saved_state, name, place, saved, cfg, content, run)
         first, source = state["step"], saved[0] if replicas.sharded else place
-        if replicas.any(first) != -replicas.any(-first):
+        if not replicas.agree(first):
             raise UserError(f"the processes read different saves in {folder}: it must be one folder for all machines")
         if first > total:
             raise UserError(f"--resume: {source} is at step {first}, past the {total} that were asked for; raise --max_steps")

@@ -191,6 +191,10 @@ class Replicas:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return int(flags)
 
+    def agree(self, value: int) -> bool:
+        """Whether it is the same in all processes."""
+        return self.any(value) == -self.any(-value)
+
     def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call what may change files in the first process, and then, when they have settled, in the others."""
         result = function(*args) if self.here.first else None

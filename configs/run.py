@@ -128,14 +128,20 @@ def processor_name() -> str:
 
 
 def held(path: Path) -> IO[str] | None:
-    """A lock that ends with the process, however that ends, or when it is closed; None while another has it."""
+    """A lock that ends with the process, however that ends, or when it is closed; None while another has it.
+
+    Where the file system knows no locks (some of clusters), it is taken to be free.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            lock.close()
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
     return lock
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -126,6 +127,22 @@ def test_two_trainings_do_not_write_into_one_folder(world: World, tmp_path: Path
         assert f"another training writes to {tmp_path / folder}" in capsys.readouterr().err
         lock.close()
     assert run_script(train_ae, *flags) == 0 and not list(tmp_path.glob("*/.*"))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of clusters have none: no reason not to train there. What else goes wrong is told."""
+
+    def refuse(number: int) -> None:
+        def flock(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("configs.run.fcntl.flock", flock)
+
+    refuse(errno.ENOSYS)
+    assert held(tmp_path / "a" / ".lock") is not None
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        held(tmp_path / "a" / ".lock")
 
 
 def test_what_torchrun_restarts_goes_on_from_its_own_save_alone(
