@@ -171,17 +171,16 @@ def run_race(args: argparse.Namespace, device: torch.device) -> None:
     if min(new.values()) <= k:
         raise UserError(f"--max_new_tokens: expected at least two chunks of {k}, got {args.max_new_tokens}")
     speeds, where = race.bandwidth(device), environment()
-    about = {"bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank, "environment": where}
+    rows: list[dict[str, Any]] = []
+    result = {"rows": rows, "bandwidth_bytes_per_s": speeds, "dtype": str(dtype), "rank": args.rank, "environment": where}
     folder = Path(args.output or "runs/race/race.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
     for prompt, batch in cells:
         if race.positions_for(prompt, new[batch], k) > pair.student.cfg.seq_len:
             race.say(f"left out: {prompt} prompt tokens and {new[batch]} new ones, the context is {pair.student.cfg.context}")
             continue
         rows += race_cell(args, pair, dtype, prompt, batch, new[batch], speeds)
-        folder.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n", encoding="utf-8")  # later cells may fail
-    result = {"rows": rows, **about}
+        folder.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # later cells may fail
     race.plot(rows, folder.with_suffix(".png"))
     kind = "trained" if pair.trained else "untrained shapes: speed only"
     screens = "" if args.int8 or args.words == 0 else f"screens of rank {args.rank}, "
@@ -221,9 +220,7 @@ def run_parts(args: argparse.Namespace, device: torch.device) -> None:
 
 def vocabulary_for(args: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Words and rank of the screen, or int8, which in large batches is slower than the exact product."""
-    if args.int8:
-        return {"int8": batch <= FEW_ROWS}
-    return {"words": args.words, "rank": args.rank}
+    return {"int8": batch <= FEW_ROWS} if args.int8 else {"words": args.words, "rank": args.rank}
 
 
 def race_cell(
@@ -291,8 +288,7 @@ def vocabulary_of(racer: Any) -> Vocabulary | None:
 
 
 def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, new: int) -> float | None:
-    """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves the cell out, and where
-    the process fails, for want of memory say: the cell's rates are measured by then."""
+    """Peak memory, MiB, of a fresh process that runs one racer of a cell; None where --memory leaves it out, or that fails."""
     first = (prompt, batch) == (args.prompt_tokens[0], args.batch[0])
     if args.memory == "none" or (args.memory == "first" and not first):
         return None
@@ -300,7 +296,7 @@ def peak_of(args: argparse.Namespace, name: str, prompt: int, batch: int, new: i
     flags |= {"batch": batch, "prompt_tokens": prompt, "max_new_tokens": new, "rank": args.rank, "words": args.words}
     try:
         return peak_in_child(name, ["--race", *(["--int8"] if args.int8 else [])], flags)
-    except UserError as error:
+    except UserError as error:  # for want of memory, say: the cell's rates are measured by then
         race.say(str(error))
         return None
 
@@ -482,8 +478,7 @@ def main() -> None:
     refuse_stray_flags(args, parser)
     if args.train:
         shape = None if args.scale == "demo" else vars(SHAPES[args.scale])
-        speed.main(args.variant, args.device, args.repeats, args.output, args.scale, shape)
-        return
+        return finish(speed.main(args.variant, args.device, args.repeats, args.scale, shape), args.output)
     threads, device = tune_process(), pick_device(args.device)
     if args.parts and device.type != "cpu":
         raise UserError(f"--parts: expected the CPU, got {device}; torch.profiler shows a GPU's kernels")

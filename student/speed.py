@@ -157,10 +157,8 @@ def student_to_token(rows: list[dict[str, Any]]) -> float:
     return float(last["student"]["seconds_per_step"] / last["token_model"]["seconds_per_step"])
 
 
-def main(
-    variant: str | None, device: str, repeats: int, output: str | None, scale: str, shape: Mapping[str, int] | None
-) -> None:
-    """`bench.py --train`; `variant` "MODEL:INDEX" measures one row and prints it as JSON.
+def main(variant: str | None, device: str, repeats: int, scale: str, shape: Mapping[str, int] | None) -> dict[str, Any]:
+    """`bench.py --train`: prints a table and returns what is in it; `variant` "MODEL:INDEX" measures one row alone.
 
     shape: that of `scale` in bench.py; None is the demo's.
     """
@@ -168,8 +166,7 @@ def main(
         model, _, number = variant.partition(":")
         if model not in MODELS or not number.isdigit() or int(number) >= len(VARIANTS):
             raise UserError(f"--variant {variant}: expected MODEL:INDEX, a model of {', '.join(MODELS)}")
-        print(json.dumps(measure(model, int(number), device, repeats, larger_scale(shape) if shape else None)))
-        return
+        return measure(model, int(number), device, repeats, larger_scale(shape) if shape else None)
     where = pick_device(device)
     rows = []
     print(f"{scale:14}{'':14}{'tokens/s':>12}{'(min .. max)':>22}{'s/step':>10}{'ratio':>8}")
@@ -196,8 +193,4 @@ def main(
             rows.append(row)
     ratio = student_to_token(rows)
     print(f"student / token_model seconds a step at equal tokens: {ratio:.2f}")
-    line = json.dumps({"scale": scale, "rows": rows, "student_to_token_model": ratio, "environment": environment()})
-    print(line)  # first: writing may fail
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(line + "\n", encoding="utf-8")
+    return {"scale": scale, "rows": rows, "student_to_token_model": ratio, "environment": environment()}
