@@ -383,17 +383,12 @@ def test_the_key(tokenizer: TokenizerAdapter) -> None:
     with TestClient(it.app) as client:
         for path in ("/", "/health", "/ready", "/openapi.json"):
             assert client.get(path).status_code == 200
-        for given in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": "Basic sécret".encode()},
-            {"Authorization": "Bearer"},
-        ):
-            answer = client.get("/v1/models", headers=given)
+        for wrong in ({}, *({"Authorization": told.encode()} for told in ("Bearer wrong", "Basic sécretà", "Bearer"))):
+            answer = client.get("/v1/models", headers=wrong)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert answer.json()["error"]["code"] == "invalid_api_key"
-        for given in ("bearer s\xe9cret\xe0", "Bearer  s\xe9cret\xe0\t"):
-            assert client.get("/v1/models", headers={"Authorization": given.encode()}).status_code == 200
+        for right in ("bearer sécretà", "Bearer  sécretà\t"):
+            assert client.get("/v1/models", headers={"Authorization": right.encode()}).status_code == 200
 
 
 # ------------------------------------------------------------------------------------------------ the smaller paths

@@ -27,6 +27,7 @@ import httpx
 import numpy as np
 
 from configs.errors import UserError, run_cli
+from kd.limits import retry_after_s
 
 PROMPTS = (
     "import os\n",
@@ -125,7 +126,7 @@ async def phase(
             except httpx.HTTPStatusError as error:
                 tally.refused += error.response.status_code == 429
                 tally.failed += error.response.status_code != 429
-                wait = float(error.response.headers.get("retry-after", 1))
+                wait = retry_after_s(error.response.headers.get("retry-after")) or 1.0
                 await asyncio.sleep(max(0.0, min(wait, end - time.perf_counter())))
                 continue
             except httpx.HTTPError:
