@@ -149,4 +149,4 @@ def test_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_of_so_many_epochs() -> None:
-    assert (total_steps(TrainConfig(epochs=0.5, max_steps=0), 5), total_steps(TrainConfig(epochs=2, max_steps=0), 5)) == (3, 10)
+    assert (total_steps(TrainConfig(epochs=0.5), 5), total_steps(TrainConfig(epochs=2), 5)) == (3, 10)

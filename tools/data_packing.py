@@ -173,31 +173,29 @@ class Corpus:
 
     def _plain_text(self, file: BinaryIO, path: Path) -> Iterator[Document]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        text, line, empty, block = "", 1, True, b"x"
-        while block:
+        text, line, empty, block, problem = "", 1, True, b"x", ""
+        while block and not problem:
             block = file.read(self._text_limit)
             self.bytes_read += len(block)
+            good, nul, _ = block.partition(b"\0")
+            problem = "binary file" if nul else ""
             try:
-                problem = "binary file" if b"\0" in block else ""
-                text += "" if problem else decoder.decode(block, final=not block)
+                text += decoder.decode(good, final=not block)
             except UnicodeDecodeError as error:
-                problem = "file that is not UTF-8"
-                if empty:
-                    line += text.count("\n") + error.object.count(b"\n", 0, error.start)
-            if problem:
-                if not empty and text.strip():  # a part of the file is packed: what stands before this block is, too
-                    yield Document(text, f"{path}:{line}")
-                    line += text.count("\n")
-                place = str(path) if empty and problem == "binary file" else f"{path}:{line}"
-                return self.problems.add(problem, place, "" if empty else "left out from here on")
-            while len(text) > self._text_limit or (text and not block):
+                text, problem = text + error.object[: error.start].decode(), "file that is not UTF-8"
+            if problem and empty:
+                break  # nothing of it is packed yet, so all of it is left out
+            while len(text) > self._text_limit or (text and (problem or not block)):
                 end = cut_point(text, 0, self._text_limit)
                 if text[:end].strip():
                     empty = False
                     yield Document(text[:end], f"{path}:{line}")
                 line += text.count("\n", 0, end)
                 text = text[end:]
-        if empty:
+        if problem:
+            place = str(path) if empty and problem == "binary file" else f"{path}:{line + text.count(chr(10))}"
+            self.problems.add(problem, place, "" if empty else "left out from here on")
+        elif empty:
             self.problems.add("empty document", str(path))
 
 
