@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from configs.errors import EXIT_INTERRUPTED, UserError
 from configs.files import read_json
-from configs.muon import Float32Muon
+from configs.muon import Muon
 from configs.parallel import ABOUT, OLD, Losses, Replicas, World, join, set_aside, started_by, whole_saves, world
 from configs.run import (
     Run,
@@ -47,7 +47,6 @@ from configs.schema import LMTrainConfig, TrainConfig
 # Settings that may change on --resume silently; a change of any other is logged, since it makes a different run.
 FREE_ON_RESUME = {"max_steps", "epochs", "checkpoint_dir", "run_dir", "resume", "save_every", "log_every", "eval_every"}
 FREE_ON_RESUME |= {"eval_windows", "device", "tensorboard", "dry_run", "grad_accum", "fsdp", "activation_checkpointing"}
-NS_STEPS = 5  # Muon's Newton-Schulz iterations
 SPREAD = 0x9E3779B1  # 2^32 over the golden ratio: steps of different seeds are far apart
 
 
@@ -152,11 +151,7 @@ def optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     if not isinstance(cfg, LMTrainConfig) or cfg.optimizer == "adamw":
         return [adamw]
-    muon = parts["muon"]
-    options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "ns_steps": NS_STEPS}
-    if not has_fast_bf16(muon[0].device):
-        return [Float32Muon(muon, **options), adamw]
-    return [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **options), adamw]
+    return [Muon(parts["muon"], lr=cfg.lr, weight_decay=cfg.weight_decay), adamw]
 
 
 class _StopSignal:

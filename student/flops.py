@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ae.ae_model import AEConfig, Autoencoder
-from configs.loop import NS_STEPS, parameter_groups
+from configs.loop import parameter_groups
+from configs.muon import QUINTICS
 from configs.schema import LMTrainConfig, StudentTrainConfig
 from student.baseline import BackboneConfig, TokenModel
 from student.energy import MODEL_SAMPLES
@@ -136,7 +137,7 @@ def optimizer_flops(cfg: BackboneConfig, train: LMTrainConfig) -> float:
     with torch.device("meta"):
         model = Student(cfg) if isinstance(cfg, StudentConfig) else TokenModel(cfg)
     sides = [sorted(p.shape) for p in parameter_groups(model, train)["muon"]]
-    return float(sum(NS_STEPS * (4 * small**2 * large + 2 * small**3) for small, large in sides))
+    return float(sum(len(QUINTICS) * (4 * small**2 * large + 2 * small**3) for small, large in sides))
 
 
 def _ae_flops(cfg: AEConfig, name: str) -> float:
