@@ -33,7 +33,7 @@ def orthogonalised(x: Tensor, eps: float) -> Tensor:
     for i, (a, b, c) in enumerate(QUINTICS):
         gram = wide @ wide.T
         square = gram @ gram
-        if i == 0:  # the sum of the singular values' eighth powers is hardly more than the largest one's
+        if i == 0:  # the eighth root of the sum of s^8: no less than the largest s, and hardly more
             top = MARGIN * square.norm().clamp(min=eps) ** 0.25
             wide, gram, square = wide / top, gram / top**2, square / top**4
         wide = torch.addmm(wide, torch.add(b * gram, square, alpha=c), wide, beta=a)
