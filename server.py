@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parent
 CONFIG = ROOT / "configs" / "inference.yaml"
 KEY = "SERVE_API_KEY"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+KNOWN = ", ".join(api.GenerateRequest.model_fields)
 SLACK = 5.0  # seconds beyond the grace for what has to happen after it
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -253,7 +254,8 @@ def make_app(service: Service, metrics: Metrics, key: str | None = None) -> Fast
         if found["type"] == "json_invalid":
             return json_answer(error_content(400, "the body is not JSON", request_id(request)), 400)
         field = str(found["loc"][1]) if len(found["loc"]) > 1 else None
-        return json_answer(error_content(422, f"{field or 'body'}: {found['msg']}", request_id(request), field), 422)
+        said = f"no such field; there are {KNOWN}" if found["type"] == "extra_forbidden" else found["msg"]
+        return json_answer(error_content(422, f"{field or 'body'}: {said}", request_id(request), field), 422)
 
     page_bytes = (ROOT / "web" / "index.html").read_bytes()
     card = {

@@ -284,6 +284,7 @@ def test_no_chat_without_a_template(client: TestClient) -> None:
         ("/generate", {"prompt": 3}, 422, "prompt"),
         ("/generate", {"prompt": "a", "max_new_tokens": "5"}, 422, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 0}, 422, "max_new_tokens"),
+        ("/generate", {"prompt": "a", "max_tokens": 5}, 422, "max_tokens"),  # OpenAI's name: not to be passed over in silence
         ("/generate", {"prompt": "a", "max_new_tokens": 10**40}, 422, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 5000}, 400, "max_new_tokens"),
         ("/generate", {"prompt": "a", "max_new_tokens": 257}, 400, "prompt"),

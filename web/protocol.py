@@ -73,6 +73,7 @@ class Sampling(Body):
 
 
 class GenerateRequest(Sampling):
+    model_config = ConfigDict(extra="forbid")  # this dialect is ours alone: what is not known here is a mistake
     default_temperature: ClassVar[float] = 0.8
     default_top_p: ClassVar[float] = 0.95
     prompt: str
