@@ -52,6 +52,16 @@ def test_singular_values_become_alike(name: str, scale: float, dtype: torch.dtyp
                 assert (done - left * along @ right.T).norm() < 1e-3  # and of nothing else
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (6, 17), (17, 6), (1, 5)])
+def test_the_iterations_act_on_singular_values_alone(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape)
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (muon.MARGIN * (s**8).sum() ** (1 / 8))
+    for a, b, c in muon.QUINTICS:
+        s = a * s + b * s**3 + c * s**5
+    assert torch.allclose(orthogonalised(x, 1e-7).double(), u * s @ v, atol=1e-4)
+
+
 def test_nothing_comes_of_nothing() -> None:
     for shape in ((6, 6), (17, 6), (1, 5)):
         assert not orthogonalised(torch.zeros(shape), 1e-7).any()
@@ -78,6 +88,7 @@ def test_steps_are_scaled_decayed_and_averaged_as_torchs(monkeypatch: pytest.Mon
         theirs.step()
         assert torch.allclose(one, other, atol=1e-5)
     assert torch.equal(idle, start)  # it had no gradient
+    assert ours.step(lambda: 3.0) == 3.0 and ours.step() is None
     elsewhere = torch.optim.Muon([other, idle], adjust_lr_fn="match_rms_adamw", **options)
     elsewhere.load_state_dict(ours.state_dict())
     assert torch.equal(elsewhere.state[other]["momentum_buffer"], ours.state[one]["momentum_buffer"])
