@@ -57,7 +57,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(PIP) --no-deps --editable .
 	@touch $@
 
-demo: setup ## train and measure the whole chain on the standard library, 17 to 35 minutes on 2 cores with AVX512-BF16; QUICK=1: a few
+demo: setup ## train and measure the whole chain on the standard library, 17 to 32 minutes on 2 cores with AVX512-BF16; QUICK=1: a few
 	@$(PY) tools/demo.py $(call switch,QUICK,quick) $(ARGS)
 
 distill-demo: setup ## distill from the demo's token-level model over HTTP, with and without its soft targets (after `make demo`)
